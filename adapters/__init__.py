@@ -1,0 +1,7 @@
+"""Temporal layers in diffusers' image models: inject, switch off, save, load, remove."""
+
+from temporal_layers.adapters.adapter import TemporalAdapter, adapter_of, inject
+from temporal_layers.adapters.config import TemporalConfig
+from temporal_layers.adapters.sites import InjectionSite, plan
+
+__all__ = ["InjectionSite", "TemporalAdapter", "TemporalConfig", "adapter_of", "inject", "plan"]

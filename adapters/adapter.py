@@ -1,0 +1,339 @@
+"""Injection and the handle to what was injected."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any, Literal, TextIO
+
+import torch
+from torch import nn
+
+from temporal_layers import AlphaBlend
+from temporal_layers.adapters import files
+from temporal_layers.adapters.config import TemporalConfig
+from temporal_layers.adapters.roots import ROOT_MIXINS
+from temporal_layers.adapters.sites import InjectionSite, check_root, plan
+from temporal_layers.adapters.state import FrameCheckpoint, TemporalState
+from temporal_layers.adapters.swap import AttentionSite, ResnetSite, check_swappable, restore_class, swap_class
+
+__all__ = ["TemporalAdapter", "adapter_of", "inject"]
+
+Group = Literal["spatial", "temporal", "alpha"]
+
+
+def inject(model: nn.Module, config: TemporalConfig | None = None) -> "TemporalAdapter":
+    """Insert temporal layers into an image model, in place.
+
+    The model then takes clips ``(batch, channels, frames, height, width)`` as well as images; conditioning tensors
+    with ``batch`` in front are repeated for every frame. A fresh injection computes exactly what the image model does
+    (zero-initialised layers). The layers get the dtype and device of the modules they follow and the weights of the
+    model are untouched. Either all sites are filled or the model is as before.
+
+    Args:
+        model: ``UNet2DConditionModel``, ``UNet2DModel`` or ``AutoencoderKL`` (its decoder gets the layers).
+        config: which layers, where; the Video LDM's layout if not given.
+
+    Returns:
+        The handle: freeze, switch off, save, remove.
+
+    Raises:
+        ValueError: as :func:`~temporal_layers.adapters.plan`, or if something unknown patched a module's forward.
+
+    Example:
+        >>> adapter = inject(unet)  # doctest: +SKIP
+        >>> video = unet(noise, timestep, text).sample  # doctest: +SKIP
+    """
+    config = config or TemporalConfig()
+    sites = plan(model, config)
+    return _attach(model, config, sites, _build(model, config, sites))
+
+
+def adapter_of(model: nn.Module) -> "TemporalAdapter":
+    """Return the handle of an injected model, for instance of a copy or an unpickled one.
+
+    Raises:
+        ValueError: if the model has no temporal layers.
+    """
+    if getattr(model, "_temporal_state", None) is None:
+        raise ValueError(
+            f"adapter_of: expected a model with temporal layers, got a plain {type(model).__name__}; call inject first"
+        )
+    return TemporalAdapter(model)
+
+
+def _build(model: nn.Module, config: TemporalConfig, sites: tuple[InjectionSite, ...]) -> dict[str, nn.Module]:
+    layers = {}
+    for site in sites:
+        host = next(model.get_submodule(site.name).parameters())
+        dtype = host.dtype if host.dtype.is_floating_point and host.dtype.itemsize > 1 else torch.get_default_dtype()
+        try:
+            layers[site.name] = site.build(config, device=host.device, dtype=dtype)
+        except ValueError as error:
+            raise ValueError(f"inject: {site.name}: {error}") from error
+    return layers
+
+
+def _attach(
+    model: nn.Module, config: TemporalConfig, sites: tuple[InjectionSite, ...], layers: dict[str, nn.Module]
+) -> "TemporalAdapter":
+    hosts = {site.name: model.get_submodule(site.name) for site in sites}
+    for name, host in (*hosts.items(), ("", model)):
+        check_swappable(name, host)
+    # Nothing below can fail: a refusal leaves the model as it was.
+    root = check_root(model)
+    state = TemporalState(config, sites)
+    for site in sites:
+        host = hosts[site.name]
+        host.temporal = layers[site.name].train(host.training)
+        host._temporal_state = state
+        swap_class(host, ResnetSite if site.kind == "resnet" else AttentionSite)
+    model._temporal_state = state
+    swap_class(model, ROOT_MIXINS[root])
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module._gradient_checkpointing_func = FrameCheckpoint(state, module._gradient_checkpointing_func)
+    return TemporalAdapter(model)
+
+
+class TemporalAdapter:
+    """Handle to the temporal layers of one model. Made by :func:`inject`, :meth:`from_pretrained`, :func:`adapter_of`.
+
+    Attributes:
+        model: the model they are in.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def _state(self) -> TemporalState:
+        state = getattr(self.model, "_temporal_state", None)
+        if state is None:
+            raise ValueError(
+                f"TemporalAdapter: expected temporal layers in the {type(self.model).__name__}, "
+                "got none: they were removed; call inject again"
+            )
+        return state
+
+    @property
+    def config(self) -> TemporalConfig:
+        """What was injected."""
+        return self._state.config
+
+    @property
+    def sites(self) -> tuple[InjectionSite, ...]:
+        """Where it was injected."""
+        return self._state.sites
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The temporal layers by the name of their site."""
+        return {site.name: self.model.get_submodule(site.name).temporal for site in self.sites}
+
+    @property
+    def num_frames(self) -> int | None:
+        """Clip length of 4-D input, whose frames are folded into the batch; ``None`` (the start) makes it images.
+
+        Set it to run pipelines that know images only, with ``num_images_per_prompt`` equal to the clip length.
+        5-D input brings its own clip length and does not change this.
+        """
+        return self._state.default_num_frames
+
+    @num_frames.setter
+    def num_frames(self, value: int | None) -> None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(
+                f"TemporalAdapter.num_frames: expected a whole number of at least 1, or None for images, got {value!r}"
+            )
+        self._state.default_num_frames = value
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switch the temporal layers off inside the ``with`` block: the image model, bit for bit."""
+        state = self._state
+        before = state.enabled
+        state.enabled = False
+        try:
+            yield
+        finally:
+            state.enabled = before
+
+    def named_parameters(self, group: Group | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of the model by name: of one group, or all.
+
+        Args:
+            group: ``"spatial"`` (the image model), ``"temporal"`` (the injected layers without alpha) or ``"alpha"``.
+        """
+        if group not in (None, "spatial", "temporal", "alpha"):
+            raise ValueError(
+                f"TemporalAdapter.named_parameters: group: expected 'spatial', 'temporal', 'alpha' or None, got {group!r}"
+            )
+        temporal = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()}
+        alpha = {
+            id(parameter)
+            for layer in self.layers.values()
+            for module in layer.modules()
+            if isinstance(module, AlphaBlend)
+            for parameter in module.parameters()
+        }
+        for name, parameter in self.model.named_parameters():
+            own = "alpha" if id(parameter) in alpha else "temporal" if id(parameter) in temporal else "spatial"
+            if group in (None, own):
+                yield name, parameter
+
+    def parameter_groups(
+        self, *, lr: float, alpha_lr: float | None = None, spatial_lr: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser.
+
+        Alpha is a group of its own and never decayed: decay would pull its logit to 0, that is alpha to 0.5.
+
+        Args:
+            lr: learning rate of the temporal layers.
+            alpha_lr: learning rate of alpha; ``lr`` if not given.
+            spatial_lr: learning rate of the image model; it is left out if not given (the paper trains the temporal
+                layers only).
+            weight_decay: of the temporal layers and the image model.
+
+        Returns:
+            Dictionaries with ``name``, ``params``, ``lr`` and ``weight_decay``; empty groups are left out.
+        """
+        groups = [
+            ("temporal", lr, weight_decay),
+            ("alpha", lr if alpha_lr is None else alpha_lr, 0.0),
+            ("spatial", spatial_lr, weight_decay),
+        ]
+        made = [
+            {
+                "name": name,
+                "params": [parameter for _, parameter in self.named_parameters(name)],
+                "lr": rate,
+                "weight_decay": decay,
+            }
+            for name, rate, decay in groups
+            if rate is not None
+        ]
+        return [group for group in made if group["params"]]
+
+    def freeze(self) -> "TemporalAdapter":
+        """Stop gradients of the image model's parameters; the temporal layers stay trainable. Returns the adapter."""
+        state = self._state
+        if state.frozen is None:
+            state.frozen = {name: parameter.requires_grad for name, parameter in self.named_parameters("spatial")}
+        for _, parameter in self.named_parameters("spatial"):
+            parameter.requires_grad_(False)
+        return self
+
+    def unfreeze(self) -> "TemporalAdapter":
+        """Undo :meth:`freeze`: every parameter of the image model is as trainable as it was before. Returns the adapter."""
+        state = self._state
+        for name, parameter in self.named_parameters("spatial"):
+            if state.frozen is not None and name in state.frozen:
+                parameter.requires_grad_(state.frozen[name])
+        state.frozen = None
+        return self
+
+    def remove(self) -> None:
+        """Take the temporal layers out: classes, state-dict keys and outputs of the model are as before injection."""
+        state = self._state
+        hosts = [self.model.get_submodule(site.name) for site in state.sites]
+        for name, host in zip([*(site.name for site in state.sites), ""], [*hosts, self.model], strict=True):
+            check_swappable(name, host)
+        self.unfreeze()
+        for module in self.model.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(function, FrameCheckpoint):
+                module._gradient_checkpointing_func = function.function
+        for host in hosts:
+            restore_class(host)
+            del host.temporal, host._temporal_state
+        restore_class(self.model)
+        del self.model._temporal_state
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The temporal weights under their full names in the model."""
+        return {
+            f"{name}.temporal.{key}": value
+            for name, layer in self.layers.items()
+            for key, value in layer.state_dict().items()
+        }
+
+    def save_pretrained(self, folder: str | PathLike) -> None:
+        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors`` with the temporal layers to ``folder``.
+
+        The image model is not saved. Existing files are replaced only when the new ones are complete.
+        """
+        files.save(folder, type(self.model).__name__, self.config, self.sites, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, folder: str | PathLike) -> "TemporalAdapter":
+        """Inject the temporal layers saved in ``folder`` into ``model``.
+
+        Args:
+            model: an image model with the same sites as the one that was saved.
+            folder: what :meth:`save_pretrained` wrote.
+
+        Raises:
+            ValueError: if a file is missing, truncated, altered, of an unknown format or made for another model. The
+                model is then as it was.
+        """
+        saved = files.load(folder)
+        sites = plan(model, saved.config)
+        saved.check_sites(sites)
+        layers = _build(model, saved.config, sites)
+        saved.check_weights(layers)
+        for name, layer in layers.items():
+            prefix = f"{name}.temporal."
+            assign = next(layer.parameters()).is_meta
+            layer.load_state_dict(
+                {key.removeprefix(prefix): value for key, value in saved.weights.items() if key.startswith(prefix)},
+                assign=assign,
+            )
+        return _attach(model, saved.config, sites, layers)
+
+    def summary(self, file: TextIO | None = None) -> None:
+        """Print a table of the sites: channels, layer, alpha and parameter count, and totals.
+
+        Args:
+            file: where to; standard output if not given.
+        """
+        print(self._table(), file=file or sys.stdout)
+
+    def _table(self) -> str:
+        rows = [("site", "layer", "channels", "heads", "text", "alpha", "parameters")]
+        for site, layer in zip(self.sites, self.layers.values(), strict=True):
+            heads = "-" if site.num_heads is None else f"{site.num_heads}x{site.head_dim}"
+            text = getattr(layer, "context_dim", None)
+            count = sum(parameter.numel() for parameter in layer.parameters())
+            row = (site.name, type(layer).__name__, site.channels, heads, text or "-", _alpha_text(layer), f"{count:,}")
+            rows.append(tuple(map(str, row)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) if index < 2 else cell.rjust(width) for index, (cell, width) in cells)
+            for cells in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        counts = {
+            group: sum(parameter.numel() for _, parameter in self.named_parameters(group))
+            for group in ("temporal", "alpha", "spatial")
+        }
+        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        lines.append(
+            f"{type(self.model).__name__}: {len(self.sites)} sites, {counts['temporal'] + counts['alpha']:,} temporal "
+            f"parameters (of them {counts['alpha']:,} alpha), {counts['spatial']:,} spatial, {trainable:,} trainable"
+        )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        if getattr(self.model, "_temporal_state", None) is None:
+            return f"TemporalAdapter({type(self.model).__name__}, removed)"
+        return f"TemporalAdapter({type(self.model).__name__}, {len(self.sites)} sites)"
+
+
+def _alpha_text(layer: nn.Module) -> str:
+    alpha = layer.blend.alpha.detach()
+    if alpha.is_meta:
+        return f"{layer.blend.config.init:.3f}"
+    low, high = alpha.min().item(), alpha.max().item()
+    return f"{low:.3f}" if low == high else f"{low:.3f}..{high:.3f}"

@@ -1,0 +1,114 @@
+"""What all injected modules of one model share at run time, in one plain object."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from temporal_layers.adapters.config import TemporalConfig
+from temporal_layers.adapters.sites import InjectionSite
+from temporal_layers.frames import check_divisible
+
+__all__ = ["FrameCheckpoint", "TemporalState"]
+
+
+class TemporalState:
+    """The adapter's configuration and the clip length of the call under way.
+
+    A plain object, not a module: every injected module holds the same one, ``deepcopy`` and pickle keep that identity
+    within a model, and torch.compile accepts a symbolic clip length on it. One model serves one thread at a time.
+
+    Attributes:
+        config: what was injected.
+        sites: where.
+        enabled: whether the temporal layers run at all.
+        default_num_frames: clip length of 4-D input; ``None`` makes 4-D input plain images.
+        num_frames: clip length of the current call; ``None`` for images.
+        image_only: ``(batch, num_frames)`` bool, true for frames that bypass the temporal layers, or ``None``.
+    """
+
+    def __init__(self, config: TemporalConfig, sites: tuple[InjectionSite, ...]) -> None:
+        self.config = config
+        self.sites = sites
+        self.enabled = True
+        self.default_num_frames: int | None = None
+        self.num_frames: Any = None
+        self.image_only: Tensor | None = None
+        self.frozen: dict[str, bool] | None = None
+
+    def begin(self, who: str, sample: Tensor, image_only: Tensor | None = None) -> Any:
+        """Note the clip length of a call on ``sample``, 5-D clips or 4-D images, and return it (``None``: images).
+
+        Raises:
+            ValueError: if ``sample`` has neither 4 nor 5 axes, its batch is no multiple of the default clip length, or
+                ``image_only`` has a wrong shape.
+        """
+        if sample.ndim == 5:
+            batch, num_frames = sample.shape[0], sample.shape[2]
+        elif sample.ndim == 4:
+            num_frames = self.default_num_frames
+            if num_frames is not None:
+                check_divisible(who, sample.shape[0], num_frames)
+            batch = sample.shape[0] if num_frames is None else sample.shape[0] // num_frames
+        else:
+            raise ValueError(
+                f"{who}: expected clips (batch, channels, frames, height, width) or images "
+                f"(batch, channels, height, width), got shape {tuple(sample.shape)}"
+            )
+        if image_only is not None and tuple(image_only.shape) != (batch, num_frames):
+            raise ValueError(
+                f"{who}: image_only: expected shape ({batch}, {num_frames}), one flag a frame, "
+                f"got {tuple(image_only.shape)}; pass clips as 5-D input"
+            )
+        self.num_frames = num_frames
+        self.image_only = image_only
+        return num_frames
+
+    @property
+    def active(self) -> bool:
+        """Whether the temporal layers run in the current call."""
+        return self.enabled and self.num_frames is not None
+
+    @contextmanager
+    def during(self, num_frames: Any, image_only: Tensor | None) -> Iterator[None]:
+        """Run the body with another clip length."""
+        if num_frames is self.num_frames and image_only is self.image_only:
+            yield  # also keeps torch.compile free of a side effect inside a checkpointed region
+            return
+        before = self.num_frames, self.image_only
+        self.num_frames, self.image_only = num_frames, image_only
+        try:
+            yield
+        finally:
+            self.num_frames, self.image_only = before
+
+
+class FrameCheckpoint:
+    """A gradient checkpointing function that recomputes with the clip length of the forward pass.
+
+    Without it a recomputation would read the clip length of the latest call, which need not be the one whose backward
+    pass is running.
+
+    Args:
+        state: the model's state.
+        function: the checkpointing function to wrap, called with a callable and its arguments.
+    """
+
+    def __init__(self, state: TemporalState, function: Callable | None = None) -> None:
+        self.state = state
+        self.function = function or _checkpoint
+
+    def __call__(self, module: Callable, *args: Any) -> Any:
+        state, num_frames, image_only = self.state, self.state.num_frames, self.state.image_only
+
+        def run(*inputs: Any) -> Any:
+            with state.during(num_frames, image_only):
+                return module(*inputs)
+
+        return self.function(run, *args)
+
+
+def _checkpoint(function: Callable, *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False)

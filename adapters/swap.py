@@ -1,0 +1,145 @@
+"""Class swap: how a spatial module gets its temporal layer without changing its name, its keys or its identity.
+
+A host module keeps its object and its parameters. Its class becomes a subclass, made on the fly, of its own class with
+the same name; the forward pass of the subclass runs the spatial one and hands the result to the child ``temporal``.
+"""
+
+import functools
+import inspect
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AttentionSite", "ResnetSite", "Swapped", "check_swappable", "restore_class", "swap_class"]
+
+
+class Swapped:
+    """Mixin of every swapped module: lets ``deepcopy`` and pickle rebuild a class that has no importable name."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _rebuild, (type(self).mixin, type(self).spatial_class), self.__dict__
+
+
+class TemporalSite(Swapped):
+    """Mixin of a swapped spatial module: spatial forward pass, then the temporal layer."""
+
+    extra_input: str | None = None  # argument of the host's forward that the temporal layer needs as well
+    extra_index: int = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        state = self._temporal_state
+        if not state.active:
+            return output
+        extra = self._extra(args, kwargs)
+        if isinstance(output, tuple):
+            return (self._mix(output[0], extra), *output[1:])
+        if torch.is_tensor(output):
+            return self._mix(output, extra)
+        output.sample = self._mix(output.sample, extra)
+        return output
+
+    def _extra(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # diffusers passes by keyword normally and by position under gradient checkpointing.
+        if self.extra_input is None:
+            return None
+        return args[self.extra_index] if len(args) > self.extra_index else kwargs.get(self.extra_input)
+
+    def _mix(self, hidden_states: Tensor, extra: Any) -> Tensor:
+        state = self._temporal_state
+        return self.temporal(hidden_states, extra, num_frames=state.num_frames, image_only=state.image_only)
+
+
+class ResnetSite(TemporalSite):
+    """A residual block: its temporal layer also gets the timestep embedding."""
+
+    extra_input = "temb"
+
+
+class AttentionSite(TemporalSite):
+    """A transformer block or an attention: its temporal layer also gets the text of each clip's first frame."""
+
+    extra_input = "encoder_hidden_states"
+
+    def _mix(self, hidden_states: Tensor, extra: Any) -> Tensor:
+        if isinstance(extra, tuple):  # an IP-Adapter appends image embeddings to the text
+            extra = extra[0]
+        needs_text = self.temporal.context_dim is not None and extra is not None
+        return super()._mix(hidden_states, extra[:: self._temporal_state.num_frames] if needs_text else None)
+
+
+@functools.cache
+def temporal_class(mixin: type, spatial_class: type) -> type:
+    """The subclass of ``mixin`` and ``spatial_class`` that carries the spatial class's name."""
+    attributes = {
+        "mixin": mixin,
+        "spatial_class": spatial_class,
+        "__module__": spatial_class.__module__,
+        "__qualname__": spatial_class.__qualname__,
+        "__doc__": spatial_class.__doc__,
+    }
+    wanted = getattr(mixin, "extra_input", None)
+    names = list(inspect.signature(spatial_class.forward).parameters)[1:]
+    if wanted in names:
+        attributes["extra_index"] = names.index(wanted)
+    elif wanted is not None:
+        attributes["extra_input"] = None
+    return type(spatial_class.__name__, (mixin, spatial_class), attributes)
+
+
+def _rebuild(mixin: type, spatial_class: type) -> nn.Module:
+    cls = temporal_class(mixin, spatial_class)
+    return cls.__new__(cls)
+
+
+def _patched_by(module: nn.Module) -> str | None:
+    """Who put a ``forward`` on the instance: offload hooks do, and some leave it there after removal."""
+    own = module.__dict__.get("forward")
+    if own is None:
+        return None
+
+    def is_plain(function: Any) -> bool:
+        return inspect.ismethod(function) and function.__self__ is module and function.__func__ is type(module).forward
+
+    if is_plain(own):
+        return "leftover"
+    if is_plain(module.__dict__.get("_old_forward")):
+        return "accelerate"
+    hook = module.__dict__.get("_diffusers_hook")
+    if hook is not None and hook._fn_refs and is_plain(hook._fn_refs[0].forward):
+        return "diffusers"
+    return "unknown"
+
+
+def check_swappable(name: str, module: nn.Module) -> None:
+    """Raise a ``ValueError`` if the class of ``module`` cannot be swapped because something unknown patched it."""
+    if _patched_by(module) == "unknown":
+        raise ValueError(
+            f"{name or 'model'}: {type(module).__name__}: expected the class's own forward, got a 'forward' patched on "
+            "the instance by something unknown; undo that, inject or remove, and patch again"
+        )
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    """Change the class of ``module``, and point hooks that hold its old ``forward`` to the new one."""
+    patched = _patched_by(module)
+    module.__class__ = cls
+    forward = types.MethodType(cls.forward, module)
+    if patched == "leftover":
+        del module.__dict__["forward"]
+    elif patched == "accelerate":
+        module.__dict__["_old_forward"] = forward
+    elif patched == "diffusers":
+        module.__dict__["_diffusers_hook"]._fn_refs[0].forward = forward
+
+
+def swap_class(module: nn.Module, mixin: type) -> None:
+    """Give ``module`` the behaviour of ``mixin`` on top of its own."""
+    _set_class(module, temporal_class(mixin, type(module)))
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undo :func:`swap_class`."""
+    _set_class(module, type(module).spatial_class)

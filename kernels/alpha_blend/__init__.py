@@ -1,0 +1,171 @@
+"""Blend of a spatial and a temporal branch, and its folded residual form."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from temporal_layers.kernels.alpha_blend import reference
+from temporal_layers.kernels.checks import (
+    check_alike,
+    check_bool,
+    check_floating,
+    check_num_frames,
+    check_shape,
+    invalid,
+)
+from temporal_layers.kernels.dispatch import Impl, resolve_impl
+
+__all__ = ["alpha_blend", "alpha_residual"]
+
+
+def alpha_blend(
+    spatial: Float[Tensor, "batch_frames *rest"],
+    temporal: Float[Tensor, "batch_frames *rest"],
+    alpha: Float[Tensor, "*frames_channels"],
+    *,
+    num_frames: int = 1,
+    channel_dim: int = 1,
+    image_only: Bool[Tensor, "*batch_frames"] | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> Float[Tensor, "batch_frames *rest"]:
+    """``alpha * spatial + (1 - alpha) * temporal``, computed in fp32, returned in ``spatial.dtype``.
+
+    ``alpha`` always weighs the spatial branch: 1 is the image model. The arithmetic is fp32 (fp64 for fp64
+    branches) whatever the dtype of the branches, since an alpha of 0.999 rounds to 1 in bf16. The result equals
+    ``spatial`` exactly where ``alpha == 1`` and where the branches agree, for finite values (the sign of a zero
+    may change). The result takes the memory format of ``spatial``.
+
+    Args:
+        spatial: Output of the image layer: maps ``(batch*num_frames, channels, height, width)`` with
+            ``channel_dim=1``, or tokens ``(batch*num_frames, tokens, channels)`` with ``channel_dim=-1``. Any
+            strides, any floating dtype.
+        temporal: Output of the temporal layer; shape, dtype and device of ``spatial``.
+        alpha: Weight of ``spatial``: shape ``()``, or ``(num_frames or 1, channels or 1)`` for a weight per
+            frame, per channel or both. Any floating dtype, device of ``spatial``; keep it in fp32 to train it.
+        num_frames: Frames of one clip, folded innermost into the batch. Read only with an ``alpha`` per frame
+            or an ``image_only`` of two dimensions.
+        channel_dim: Dimension of the channels, 1 or -1.
+        image_only: True for rows that return ``spatial`` bit for bit, even where ``temporal`` is NaN or
+            infinite there, and that send no gradient to ``temporal`` and ``alpha``. Shape
+            ``(batch, num_frames)`` or ``(batch*num_frames,)``.
+        impl: ``"auto"``, ``"fused"`` or ``"reference"``. There is no fused kernel yet: ``"auto"`` is the
+            reference and ``"fused"`` raises.
+
+    Returns:
+        The blend; shape, dtype and memory format of ``spatial``.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match, ``num_frames`` does not divide the batch, or
+            ``impl`` cannot run.
+
+    Source: Align your Latents, section 3.1, ``z' <- alpha z + (1 - alpha) z'``.
+    """
+    check_branches("alpha_blend", "spatial", spatial, "temporal", temporal, alpha, num_frames, channel_dim, image_only)
+    resolve_impl("alpha_blend", impl, spatial)
+    return reference.alpha_blend(spatial, temporal, alpha, num_frames, channel_dim, image_only)
+
+
+def alpha_residual(
+    hidden: Float[Tensor, "batch_frames *rest"],
+    update: Float[Tensor, "batch_frames *rest"],
+    alpha: Float[Tensor, "*frames_channels"],
+    *,
+    num_frames: int = 1,
+    channel_dim: int = 1,
+    image_only: Bool[Tensor, "*batch_frames"] | None = None,
+    impl: Impl | str = Impl.AUTO,
+) -> Float[Tensor, "batch_frames *rest"]:
+    """``hidden + (1 - alpha) * update``, computed in fp32, returned in ``hidden.dtype``.
+
+    The folded form of ``alpha_blend(hidden, hidden + update, alpha)`` for a temporal branch that is a residual:
+    equal in exact arithmetic, one pass over memory less, and without the rounding of ``hidden + update``. The
+    result equals ``hidden`` exactly where ``update`` is zero and where ``alpha == 1``, for finite values (the
+    sign of a zero may change). The result takes the memory format of ``hidden``.
+
+    Args:
+        hidden: Input of the residual branch and output of the image layer: maps
+            ``(batch*num_frames, channels, height, width)`` with ``channel_dim=1``, or tokens
+            ``(batch*num_frames, tokens, channels)`` with ``channel_dim=-1``.
+        update: The residual, without ``hidden``; shape, dtype and device of ``hidden``.
+        alpha: Weight of the image model as in :func:`alpha_blend`: 1 drops the update, 0 adds it whole.
+        num_frames: Frames of one clip, folded innermost into the batch. Read only with an ``alpha`` per frame
+            or an ``image_only`` of two dimensions.
+        channel_dim: Dimension of the channels, 1 or -1.
+        image_only: True for rows that return ``hidden`` bit for bit, even where ``update`` is NaN or infinite
+            there, and that send no gradient to ``update`` and ``alpha``. Shape ``(batch, num_frames)`` or
+            ``(batch*num_frames,)``.
+        impl: ``"auto"``, ``"fused"`` or ``"reference"``. There is no fused kernel yet: ``"auto"`` is the
+            reference and ``"fused"`` raises.
+
+    Returns:
+        The weighted sum; shape, dtype and memory format of ``hidden``.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match, ``num_frames`` does not divide the batch, or
+            ``impl`` cannot run.
+
+    Source: Align your Latents, section 3.1, with ``z' = z + f(z)``.
+    """
+    check_branches("alpha_residual", "hidden", hidden, "update", update, alpha, num_frames, channel_dim, image_only)
+    resolve_impl("alpha_residual", impl, hidden)
+    return reference.alpha_residual(hidden, update, alpha, num_frames, channel_dim, image_only)
+
+
+def check_branches(
+    op: str,
+    first_name: str,
+    first: Tensor,
+    second_name: str,
+    second: Tensor,
+    alpha: Tensor,
+    num_frames: int,
+    channel_dim: int,
+    image_only: Tensor | None,
+) -> None:
+    """Checks the arguments of both operators; the names are those of their branches."""
+    if channel_dim not in (1, -1):
+        raise invalid(op, "channel_dim", "1 (maps) or -1 (tokens)", f"{channel_dim}", "pass the dimension of channels")
+    if first.dim() < 2:
+        raise invalid(
+            op, first_name, "(batch*num_frames, channels, ...) or (batch*num_frames, ..., channels)",
+            f"shape {tuple(first.shape)}", "pass a map or tokens",
+        )  # fmt: skip
+    check_floating(op, first_name, first)
+    check_shape(op, second_name, second, first.shape, f"the shape of {first_name}", "pass two branches of one layer")
+    check_alike(op, second_name, second, first, first_name)
+    check_num_frames(op, first_name, first, num_frames)
+    check_floating(op, "alpha", alpha)
+    if alpha.device != first.device:
+        raise invalid(op, "alpha", f"a tensor on {first.device}", describe_device(alpha), f"move it to {first.device}")
+    channels = first.shape[channel_dim]
+    per_frame_channel = (
+        alpha.dim() == 2 and alpha.shape[0] in (1, num_frames) and alpha.shape[1] in (1, channels)
+    )
+    if alpha.dim() != 0 and not per_frame_channel:
+        raise invalid(
+            op, "alpha", f"shape () or (1 or {num_frames}, 1 or {channels})", f"shape {tuple(alpha.shape)}",
+            "pass one weight, or one for each frame and channel",
+        )  # fmt: skip
+    if image_only is not None:
+        check_image_only(op, image_only, first, num_frames)
+
+
+def check_image_only(op: str, image_only: Tensor, first: Tensor, num_frames: int) -> None:
+    """Checks the dtype, device and shape of ``image_only``."""
+    check_bool(op, "image_only", image_only)
+    if image_only.device != first.device:
+        raise invalid(
+            op, "image_only", f"a tensor on {first.device}", describe_device(image_only), f"move it to {first.device}"
+        )
+    batch_frames = first.shape[0]
+    flat = image_only.dim() == 1 and image_only.shape[0] == batch_frames
+    folded = image_only.dim() == 2 and image_only.shape[1] == num_frames and image_only.numel() == batch_frames
+    if not (flat or folded):
+        raise invalid(
+            op, "image_only", f"shape ({batch_frames},) or ({batch_frames // num_frames}, {num_frames})",
+            f"shape {tuple(image_only.shape)}", "pass one flag for each frame of each clip",
+        )  # fmt: skip
+
+
+def describe_device(tensor: Tensor) -> str:
+    """Device of a tensor in words."""
+    return f"a tensor on {tensor.device}"

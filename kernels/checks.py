@@ -1,0 +1,104 @@
+"""Argument checks shared by the operators, with one form of error text.
+
+Every text reads ``<op>: <argument>: expected <what>, got <what>; <what to do>``. The checks look at shapes,
+dtypes and devices only, never at values, so they cost no synchronisation and trace under ``torch.compile``
+with symbolic sizes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def invalid(op: str, argument: str, expected: str, got: str, advice: str) -> ValueError:
+    """Builds the error that every check raises.
+
+    Args:
+        op: Operator the user called.
+        argument: Name of the offending argument.
+        expected: What the operator takes.
+        got: What came.
+        advice: What to do, as an imperative clause.
+
+    Returns:
+        The exception, for the caller to raise.
+    """
+    return ValueError(f"{op}: {argument}: expected {expected}, got {got}; {advice}")
+
+
+def describe(tensor: Tensor) -> str:
+    """Shape, dtype and device of a tensor in words, e.g. ``(4, 8) float32 on cpu``."""
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def check_map(op: str, argument: str, x: Tensor) -> None:
+    """Requires a floating feature map ``(batch*num_frames, channels, height, width)``.
+
+    Raises:
+        ValueError: ``x`` has another rank or is not floating point.
+    """
+    if x.dim() != 4:
+        raise invalid(
+            op, argument, "a map (batch*num_frames, channels, height, width)", f"shape {tuple(x.shape)}",
+            "fold the frames into the batch first",
+        )  # fmt: skip
+    check_floating(op, argument, x)
+
+
+def check_floating(op: str, argument: str, x: Tensor) -> None:
+    """Requires a real floating-point tensor.
+
+    Raises:
+        ValueError: ``x`` is an integer, boolean or complex tensor.
+    """
+    if not x.is_floating_point():
+        raise invalid(op, argument, "a floating-point tensor", describe(x), "convert it with .to(dtype)")
+
+
+def check_num_frames(op: str, argument: str, x: Tensor, num_frames: int, *, name: str = "num_frames") -> None:
+    """Requires ``num_frames >= 1`` and a batch that is a whole number of clips.
+
+    Raises:
+        ValueError: ``num_frames`` is below 1 or does not divide ``x.shape[0]``.
+    """
+    if num_frames < 1:
+        raise invalid(op, name, "at least 1", f"{num_frames}", "pass the number of frames of a clip")
+    if x.shape[0] % num_frames != 0:
+        raise invalid(
+            op, argument, f"a batch divisible by {name}={num_frames}", f"batch {x.shape[0]}",
+            "pass the number of frames that was folded into the batch",
+        )  # fmt: skip
+
+
+def check_alike(op: str, argument: str, x: Tensor, like: Tensor, like_name: str) -> None:
+    """Requires the dtype and the device of another argument.
+
+    Raises:
+        ValueError: the dtypes or the devices differ.
+    """
+    if x.dtype != like.dtype or x.device != like.device:
+        raise invalid(
+            op, argument, f"the dtype and device of {like_name}, {describe(like)}", describe(x),
+            f"convert it with .to({like_name})",
+        )  # fmt: skip
+
+
+def check_shape(op: str, argument: str, x: Tensor, shape: Sequence[int], meaning: str, advice: str) -> None:
+    """Requires an exact shape.
+
+    Raises:
+        ValueError: ``x.shape`` is not ``shape``.
+    """
+    if x.dim() != len(shape) or any(got != want for got, want in zip(x.shape, shape, strict=True)):
+        raise invalid(op, argument, f"{meaning} {tuple(shape)}", f"shape {tuple(x.shape)}", advice)
+
+
+def check_bool(op: str, argument: str, x: Tensor) -> None:
+    """Requires a boolean tensor.
+
+    Raises:
+        ValueError: ``x.dtype`` is not ``torch.bool``.
+    """
+    if x.dtype != torch.bool:
+        raise invalid(op, argument, "a bool tensor", describe(x), "compare or convert it to bool")

@@ -1,0 +1,149 @@
+"""Attention over frames, or from a clip to its text."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from temporal_layers.frames import check_divisible
+from temporal_layers.kernels.temporal_attention import temporal_attention
+from temporal_layers.positions import RelativePositionBias, RotaryPosition, SinusoidalPosition, zero_
+
+__all__ = ["TemporalAttention"]
+
+
+class TemporalAttention(nn.Module):
+    """Multi-head attention over the frames of a clip, separately at every position; or cross-attention to a context.
+
+    Without ``context_dim``: position ``p`` of frame ``i`` attends to position ``p`` of the clip's frames. With it:
+    every token attends to the clip's context (text), which all frames share. Linear names are the field's
+    (``to_q to_k to_v to_out``), so LoRA targets find them.
+
+    Args:
+        dim: channels in and out.
+        num_heads: attention heads.
+        head_dim: channels of a head; ``dim // num_heads`` if not given.
+        context_dim: channels of the context; ``None`` for attention over frames.
+        position: ``"none"``, ``"sinusoidal"`` (added to the input), ``"rotary"`` or ``"relative"``; frames only.
+        causal: attend to the same and earlier frames only.
+        window: largest frame distance attended to.
+        zero_init: start the output projection at zero.
+
+    Raises:
+        ValueError: if ``num_heads`` does not divide ``dim`` and ``head_dim`` is not given, or if an option that
+            concerns frames is set together with ``context_dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        position: str = "none",
+        causal: bool = False,
+        window: int | None = None,
+        zero_init: bool = False,
+        **factory,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and dim % num_heads != 0:
+            raise ValueError(
+                f"TemporalAttention: num_heads: expected a divisor of dim={dim}, got {num_heads}; or pass head_dim"
+            )
+        if context_dim is not None and (position != "none" or causal or window is not None):
+            raise ValueError(
+                "TemporalAttention: expected no position, causal or window with context_dim (cross-attention), "
+                f"got position={position!r}, causal={causal}, window={window}"
+            )
+        self.num_heads = num_heads
+        self.head_dim = head_dim or dim // num_heads
+        self.context_dim = context_dim
+        self.causal = causal
+        self.window = window
+        inner = self.num_heads * self.head_dim
+        key_dim = dim if context_dim is None else context_dim
+        self.to_q = nn.Linear(dim, inner, bias=False, **factory)
+        self.to_k = nn.Linear(key_dim, inner, bias=False, **factory)
+        self.to_v = nn.Linear(key_dim, inner, bias=False, **factory)
+        self.to_out = nn.Linear(inner, dim, **factory)
+        self.position = SinusoidalPosition(dim) if position == "sinusoidal" else None
+        self.rotary = RotaryPosition(self.head_dim) if position == "rotary" else None
+        self.relative = RelativePositionBias(num_heads, **factory) if position == "relative" else None
+        if zero_init:
+            zero_(self.to_out)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "n positions dim"],
+        context: Float[Tensor, "batch tokens context_dim"] | None = None,
+        *,
+        num_frames: int,
+        frame_mask: Bool[Tensor, "batch frames"] | None = None,
+    ) -> Float[Tensor, "n positions dim"]:
+        """Attend.
+
+        Args:
+            hidden_states: ``(batch * num_frames, positions, dim)``, frames innermost.
+            context: ``(batch, tokens, context_dim)``, one context a clip; only with ``context_dim``.
+            num_frames: frames of a clip.
+            frame_mask: ``(batch, num_frames)``, true for frames that may be attended to; for padded clips.
+
+        Returns:
+            ``(batch * num_frames, positions, dim)``.
+
+        Raises:
+            ValueError: if the batch is no multiple of ``num_frames``, or ``context`` is missing or of a wrong batch.
+        """
+        check_divisible("TemporalAttention", hidden_states.shape[0], num_frames)
+        if self.context_dim is not None:
+            return self.to_out(self._cross(hidden_states, context, num_frames))
+        if self.position is not None:
+            hidden_states = add_per_frame(
+                hidden_states, self.position(num_frames, device=hidden_states.device, dtype=hidden_states.dtype)
+            )
+        query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        if self.rotary is not None:
+            query, key = self.rotary(query, num_frames=num_frames), self.rotary(key, num_frames=num_frames)
+        attended = temporal_attention(
+            query,
+            key,
+            value,
+            num_frames=num_frames,
+            num_heads=self.num_heads,
+            bias=None if self.relative is None else self.relative(num_frames),
+            frame_mask=frame_mask,
+            causal=self.causal,
+            window=self.window,
+        )
+        return self.to_out(attended)
+
+    def _cross(self, hidden_states: Tensor, context: Tensor | None, num_frames: int) -> Tensor:
+        batch = hidden_states.shape[0] // num_frames
+        if context is None or context.shape[0] != batch:
+            got = None if context is None else tuple(context.shape)
+            raise ValueError(
+                f"TemporalAttention: context: expected ({batch}, tokens, {self.context_dim}), one a clip, got {got}"
+            )
+
+        # All positions of all frames of a clip share the context: one long query a clip, not one copy of the text each.
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+        query = self.to_q(hidden_states).unflatten(0, (batch, num_frames)).flatten(1, 2)
+        attended = F.scaled_dot_product_attention(heads(query), heads(self.to_k(context)), heads(self.to_v(context)))
+        return attended.transpose(1, 2).flatten(2).unflatten(1, (num_frames, -1)).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        kind = "frames" if self.context_dim is None else f"context_dim={self.context_dim}"
+        return (
+            f"{kind}, num_heads={self.num_heads}, head_dim={self.head_dim}, causal={self.causal}, window={self.window}"
+        )
+
+
+def add_per_frame(
+    hidden_states: Float[Tensor, "n positions dim"], embedding: Float[Tensor, "frames dim"]
+) -> Float[Tensor, "n positions dim"]:
+    """Add one vector a frame to ``(batch * frames, positions, dim)`` tokens."""
+    clips = hidden_states.unflatten(0, (-1, embedding.shape[0]))
+    return (clips + embedding[:, None, :]).flatten(0, 1)

@@ -1,0 +1,144 @@
+"""Options of the temporal layers that do not depend on where a layer sits.
+
+What depends on the place (channels, heads, context width, norm groups) is read from the host model by the adapters,
+or passed by whoever builds a layer by hand. All classes here are frozen, comparable and made of plain values, so that
+they go through JSON unchanged.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["AlphaConfig", "TemporalResBlockConfig", "TemporalTransformerConfig"]
+
+AlphaShape = Literal["scalar", "frame", "channel"]
+NormOver = Literal["clip", "frame"]
+Position = Literal["none", "sinusoidal", "sinusoidal_mlp", "rotary", "relative"]
+
+
+def _check_choice(who: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{who}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_at_least(who: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{who}: expected a whole number of at least {least}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaConfig:
+    """How spatial and temporal branch are blended: ``alpha * spatial + (1 - alpha) * temporal`` (Video LDM, section 3.1).
+
+    Args:
+        init: alpha at the start, the weight of the spatial branch. The paper does not state it; 0.5 trains well
+            together with zero-initialised temporal layers. A learned alpha must start strictly between 0 and 1.
+        learned: train alpha through a sigmoid, or keep ``init`` fixed.
+        shape: ``"scalar"`` (one number a layer: the paper's text-to-video models, clip length stays free),
+            ``"frame"`` (one a frame: its driving models) or ``"channel"``.
+        num_frames: clip length; required with ``shape="frame"``, forbidden otherwise.
+    """
+
+    init: float = 0.5
+    learned: bool = True
+    shape: AlphaShape = "scalar"
+    num_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("AlphaConfig.shape", self.shape, ("scalar", "frame", "channel"))
+        if self.learned and not 0.0 < self.init < 1.0:
+            raise ValueError(
+                f"AlphaConfig.init: expected a value strictly between 0 and 1 for a learned alpha, got {self.init}; "
+                "at 0 or 1 the sigmoid has no gradient: use learned=False to keep it there"
+            )
+        if not 0.0 <= self.init <= 1.0:
+            raise ValueError(f"AlphaConfig.init: expected a value from 0 to 1, got {self.init}")
+        if (self.shape == "frame") != (self.num_frames is not None):
+            raise ValueError(
+                f"AlphaConfig.num_frames: expected a clip length with shape='frame' and None otherwise, "
+                f"got shape={self.shape!r} and num_frames={self.num_frames!r}"
+            )
+        if self.num_frames is not None:
+            _check_at_least("AlphaConfig.num_frames", self.num_frames, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemporalResBlockConfig:
+    """Options of :class:`~temporal_layers.TemporalResBlock`. The defaults are the Video LDM / SVD block.
+
+    Args:
+        num_convs: stages of (GroupNorm, SiLU, convolution over frames): 2 as in SVD, 4 as in ModelScope.
+        kernel_size: odd extent over frames of every convolution; 3 is the paper's (3, 1, 1).
+        timestep_embedding: add a projection of the host's timestep embedding after the first convolution. Ignored
+            where the host block has none (autoencoder decoders).
+        norm: GroupNorm statistics over the whole ``"clip"`` (frames, height, width) or over each ``"frame"``.
+        dropout: probability, in front of every convolution but the first.
+        causal: let a frame see earlier frames only.
+        zero_init: start the last convolution at zero, so that the block starts as the identity.
+        alpha: the blend with the spatial branch; ``AlphaConfig(init=0.0, learned=False)`` adds the update unweighted.
+    """
+
+    num_convs: int = 2
+    kernel_size: int = 3
+    timestep_embedding: bool = True
+    norm: NormOver = "clip"
+    dropout: float = 0.0
+    causal: bool = False
+    zero_init: bool = True
+    alpha: AlphaConfig = AlphaConfig()
+
+    def __post_init__(self) -> None:
+        _check_at_least("TemporalResBlockConfig.num_convs", self.num_convs, 1)
+        _check_at_least("TemporalResBlockConfig.kernel_size", self.kernel_size, 1)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"TemporalResBlockConfig.kernel_size: expected an odd number, got {self.kernel_size}")
+        _check_choice("TemporalResBlockConfig.norm", self.norm, ("clip", "frame"))
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"TemporalResBlockConfig.dropout: expected a value from 0 to below 1, got {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemporalTransformerConfig:
+    """Options of :class:`~temporal_layers.TemporalTransformerBlock`. The defaults are the Video LDM / SVD block.
+
+    Args:
+        attentions: the attention layers in order: ``"self"`` over frames, ``"cross"`` to the text of the clip.
+            ``"cross"`` is left out where the host has no text.
+        ff_in: a feed-forward in front of the attentions.
+        ff: a feed-forward behind them.
+        position: frame positions: ``"sinusoidal_mlp"`` (sinusoid through an MLP, added once: SVD), ``"sinusoidal"``
+            (added in front of every self-attention: AnimateDiff), ``"rotary"``, ``"relative"`` (a learned bias per
+            head and clipped distance), ``"none"``.
+        in_norm: GroupNorm in front of ``proj_in``, over the ``"clip"`` (diffusers' AnimateDiff, ModelScope) or each
+            ``"frame"`` (the original AnimateDiff); feature maps only. ``"none"`` for tokens.
+        projection: wrap the block in linear projections (AnimateDiff, ModelScope).
+        causal: let a frame attend to itself and earlier frames only.
+        window: largest frame distance attended to; ``None`` for all (the paper limits it to 8 on long clips).
+        zero_init: start as the identity: the projection out if there is one, else the last linear of each update.
+        alpha: the blend with the spatial branch; ``AlphaConfig(init=0.0, learned=False)`` adds the update unweighted.
+    """
+
+    attentions: tuple[str, ...] = ("self", "cross")
+    ff_in: bool = True
+    ff: bool = True
+    position: Position = "sinusoidal_mlp"
+    in_norm: Literal["none", "clip", "frame"] = "none"
+    projection: bool = False
+    causal: bool = False
+    window: int | None = None
+    zero_init: bool = True
+    alpha: AlphaConfig = AlphaConfig()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attentions", tuple(self.attentions))  # JSON has lists only
+        for kind in self.attentions:
+            _check_choice("TemporalTransformerConfig.attentions", kind, ("self", "cross"))
+        if "self" not in self.attentions:
+            raise ValueError(
+                f"TemporalTransformerConfig.attentions: expected at least one 'self' (attention over frames), "
+                f"got {self.attentions!r}; without it frames never mix"
+            )
+        positions = ("none", "sinusoidal", "sinusoidal_mlp", "rotary", "relative")
+        _check_choice("TemporalTransformerConfig.position", self.position, positions)
+        _check_choice("TemporalTransformerConfig.in_norm", self.in_norm, ("none", "clip", "frame"))
+        if self.window is not None:
+            _check_at_least("TemporalTransformerConfig.window", self.window, 0)

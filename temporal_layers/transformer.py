@@ -1,0 +1,198 @@
+"""Transformer block over frames."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from temporal_layers.attention import TemporalAttention, add_per_frame
+from temporal_layers.blend import AlphaBlend
+from temporal_layers.config import TemporalTransformerConfig
+from temporal_layers.frames import check_divisible
+from temporal_layers.kernels.group_norm import group_norm
+from temporal_layers.positions import SinusoidalMLPPosition, zero_
+
+__all__ = ["TemporalTransformerBlock"]
+
+
+class GEGLUFeedForward(nn.Module):
+    """``dim -> 2 * 4 dim``, value times exact GELU of gate, ``4 dim -> dim``: the feed-forward of diffusers' blocks."""
+
+    def __init__(self, dim: int, *, zero_init: bool = False, **factory) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(dim, 8 * dim, **factory)
+        self.proj_out = nn.Linear(4 * dim, dim, **factory)
+        if zero_init:
+            zero_(self.proj_out)
+
+    def forward(self, hidden_states: Float[Tensor, "n positions dim"]) -> Float[Tensor, "n positions dim"]:
+        value, gate = self.proj_in(hidden_states).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
+
+
+class InputGroupNorm(nn.GroupNorm):
+    """GroupNorm of feature maps over each clip or each frame, in front of the projection in."""
+
+    def __init__(self, num_groups: int, dim: int, *, over: str, **factory) -> None:
+        super().__init__(num_groups, dim, eps=1e-6, **factory)
+        self.over = over
+
+    def forward(
+        self, maps: Float[Tensor, "n dim height width"], *, num_frames: int
+    ) -> Float[Tensor, "n dim height width"]:
+        span = num_frames if self.over == "clip" else 1
+        return group_norm(maps, self.num_groups, self.weight, self.bias, num_frames=span, eps=self.eps)
+
+
+class TemporalTransformerBlock(nn.Module):
+    """Pre-norm transformer over frames, blended with its input.
+
+    The default is SVD's block, whose parameter count is the Video LDM's: frame positions through an MLP, GEGLU
+    feed-forward, attention over frames, cross-attention to the clip's text, GEGLU feed-forward, blend with a learned
+    alpha. The options of :class:`~temporal_layers.TemporalTransformerConfig` give AnimateDiff's, ModelScope's and
+    smaller ones. With ``zero_init`` it starts as the identity, bit for bit.
+
+    Takes tokens ``(n, positions, dim)`` or feature maps ``(n, dim, height, width)``.
+
+    Args:
+        dim: channels in and out.
+        num_heads: attention heads.
+        head_dim: channels of a head; ``dim // num_heads`` if not given.
+        context_dim: channels of the text; ``None`` drops the cross-attentions of the config.
+        num_groups: groups of the input norm, if the config has one.
+        config: everything else.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        num_groups: int = 32,
+        config: TemporalTransformerConfig | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        config = config or TemporalTransformerConfig()
+        factory = {"device": device, "dtype": dtype}
+        head_dim = head_dim or dim // num_heads
+        inner = num_heads * head_dim if config.projection else dim
+        zero_updates = config.zero_init and not config.projection
+        self.dim = dim
+        self.config = config
+        self.in_norm = None
+        if config.in_norm != "none":
+            self.in_norm = InputGroupNorm(num_groups, dim, over=config.in_norm, **factory)
+        self.proj_in = nn.Linear(dim, inner, **factory) if config.projection else None
+        self.position = None
+        if config.position == "sinusoidal_mlp":
+            self.position = SinusoidalMLPPosition(inner, zero_init=zero_updates, **factory)
+        self.norm_in = nn.LayerNorm(inner, **factory) if config.ff_in else None
+        self.ff_in = GEGLUFeedForward(inner, zero_init=zero_updates, **factory) if config.ff_in else None
+        self.norms = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        for kind in config.attentions:
+            if kind == "cross" and context_dim is None:
+                continue
+            frames = {} if kind == "cross" else self._frame_options(config)
+            self.norms.append(nn.LayerNorm(inner, **factory))
+            self.attentions.append(
+                TemporalAttention(
+                    inner,
+                    num_heads=num_heads,
+                    head_dim=head_dim,
+                    context_dim=context_dim if kind == "cross" else None,
+                    zero_init=zero_updates,
+                    **frames,
+                    **factory,
+                )
+            )
+        self.norm_out = nn.LayerNorm(inner, **factory) if config.ff else None
+        self.ff_out = GEGLUFeedForward(inner, zero_init=zero_updates, **factory) if config.ff else None
+        self.proj_out = nn.Linear(inner, dim, **factory) if config.projection else None
+        if config.projection and config.zero_init:
+            zero_(self.proj_out)
+        self.blend = AlphaBlend(config.alpha, channels=dim, device=device)
+
+    @staticmethod
+    def _frame_options(config: TemporalTransformerConfig) -> dict:
+        position = "none" if config.position == "sinusoidal_mlp" else config.position
+        return {"position": position, "causal": config.causal, "window": config.window}
+
+    @property
+    def context_dim(self) -> int | None:
+        """Channels of the text that the block attends to, or ``None``."""
+        return next((layer.context_dim for layer in self.attentions if layer.context_dim is not None), None)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "n ..."],
+        context: Float[Tensor, "batch tokens context_dim"] | None = None,
+        *,
+        num_frames: int,
+        frame_mask: Bool[Tensor, "batch frames"] | None = None,
+        image_only: Bool[Tensor, "batch frames"] | None = None,
+    ) -> Float[Tensor, "n ..."]:
+        """Mix frames by attention.
+
+        Args:
+            hidden_states: tokens ``(batch * num_frames, positions, dim)`` or maps
+                ``(batch * num_frames, dim, height, width)``, frames innermost.
+            context: ``(batch, tokens, context_dim)`` text, one a clip; needed if the block has cross-attention.
+            num_frames: frames of a clip.
+            frame_mask: ``(batch, num_frames)``, true for frames that may be attended to.
+            image_only: ``(batch, num_frames)``, true for frames that pass unchanged.
+
+        Returns:
+            The shape, dtype and, for maps, memory format of ``hidden_states``.
+
+        Raises:
+            ValueError: if the batch is no multiple of ``num_frames``, ``context`` is missing, or tokens come where the
+                block has an input norm.
+        """
+        check_divisible("TemporalTransformerBlock", hidden_states.shape[0], num_frames)
+        is_map = hidden_states.ndim == 4
+        if self.in_norm is not None and not is_map:
+            raise ValueError(
+                "TemporalTransformerBlock: hidden_states: expected feature maps (n, dim, height, width) because the "
+                f"block has an input GroupNorm, got shape {tuple(hidden_states.shape)}; use in_norm='none' for tokens"
+            )
+        normed = hidden_states if self.in_norm is None else self.in_norm(hidden_states, num_frames=num_frames)
+        tokens = normed.permute(0, 2, 3, 1).flatten(1, 2) if is_map else normed
+        if self.proj_in is not None:
+            tokens = self.proj_in(tokens)
+        tokens = self._chain(tokens, context, num_frames, frame_mask)
+        if self.proj_out is not None:
+            tokens = self.proj_out(tokens)
+        if is_map:
+            tokens = tokens.unflatten(1, hidden_states.shape[-2:]).permute(0, 3, 1, 2)
+        return self._merge(hidden_states, tokens, num_frames, image_only)
+
+    def _chain(self, tokens: Tensor, context: Tensor | None, num_frames: int, frame_mask: Tensor | None) -> Tensor:
+        if self.position is not None:
+            tokens = add_per_frame(tokens, self.position(num_frames, device=tokens.device, dtype=tokens.dtype))
+        if self.ff_in is not None:
+            tokens = tokens + self.ff_in(self.norm_in(tokens))
+        for norm, attention in zip(self.norms, self.attentions, strict=True):
+            attended = attention(
+                norm(tokens),
+                None if attention.context_dim is None else context,
+                num_frames=num_frames,
+                frame_mask=None if attention.context_dim is not None else frame_mask,
+            )
+            tokens = tokens + attended
+        if self.ff_out is not None:
+            tokens = tokens + self.ff_out(self.norm_out(tokens))
+        return tokens
+
+    def _merge(self, hidden_states: Tensor, result: Tensor, num_frames: int, image_only: Tensor | None) -> Tensor:
+        # Behind a projection ``result`` is an update to the input; without one it is the whole temporal branch.
+        merge = self.blend if self.proj_out is None else self.blend.residual
+        channel_dim = 1 if hidden_states.ndim == 4 else -1
+        return merge(hidden_states, result, num_frames=num_frames, channel_dim=channel_dim, image_only=image_only)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}"
