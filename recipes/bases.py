@@ -1,0 +1,197 @@
+"""What the video stages need of an image model, whatever it is: the shipped label LDM or any diffusers pipeline.
+
+A base offers a UNet, a scheduler, frames to latents and back, and the conditioning as tensors with one row a clip, so
+that it can be cached, dropped and repeated like any other tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from temporal_layers.recipes.image_ldm import ImageLDM
+
+Conditioning = dict[str, Tensor]
+"""Tensors by name, each with one row a clip; empty for an unconditional model."""
+
+
+class VideoBase(Protocol):
+    """An image model that temporal layers can be trained on.
+
+    Attributes:
+        unet: Gets the temporal layers.
+        scheduler: Noise schedule, kind of prediction, and sampler.
+        frame_size: Height and width of its frames in pixels.
+        latent_shape: Channels, height and width of the latent of one frame.
+    """
+
+    unet: nn.Module
+    scheduler: DDIMScheduler
+    frame_size: tuple[int, int]
+    latent_shape: tuple[int, int, int]
+
+    def to(self, device: str) -> VideoBase:
+        """Move everything to a device, in place."""
+
+    def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
+        """Latents of unit scale of frames in [0, 1]."""
+
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
+        """Frames in [0, 1] of latents of unit scale."""
+
+    def conditioning(self, labels: Sequence[int], captions: Sequence[str]) -> Conditioning:
+        """Conditioning of clips, from whichever of label and caption the model knows."""
+
+    def no_conditioning(self, count: int) -> Conditioning:
+        """Conditioning that says nothing, for guidance and dropping."""
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the UNet says of noisy clips ``(b, c, f, h, w)`` or images ``(b, c, h, w)``; same shape."""
+
+
+class LabelBase:
+    """The image LDM of this repository, conditioned on a label.
+
+    Args:
+        ldm: The image model.
+    """
+
+    def __init__(self, ldm: ImageLDM) -> None:
+        self.ldm = ldm
+        self.unet, self.scheduler = ldm.unet, ldm.scheduler
+        self.frame_size, self.latent_shape = ldm.frame_size, ldm.latent_shape
+        self.decode = ldm.decode
+
+    def to(self, device: str) -> LabelBase:
+        """Move everything to a device, in place."""
+        self.ldm.to(device)
+        return self
+
+    def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
+        """Latents by the autoencoder."""
+        return self.ldm.encode(frames.to(self.ldm.device))
+
+    def conditioning(self, labels: Sequence[int], captions: Sequence[str]) -> Conditioning:
+        """The labels; captions are not used."""
+        return {"labels": torch.as_tensor(labels, dtype=torch.int64)}
+
+    def no_conditioning(self, count: int) -> Conditioning:
+        """The null label."""
+        return {"labels": torch.full((count,), self.ldm.conditioner.null_label)}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Velocity; the label enters through cross-attention."""
+        context = self.ldm.conditioner(conditioning["labels"])
+        return self.unet(noisy, timesteps, encoder_hidden_states=context).sample
+
+
+class PipelineBase:
+    """An image pipeline of diffusers: Stable Diffusion 1.x, 2.x or XL, or an unconditional DDPM or LDM.
+
+    Args:
+        pipeline: With a ``unet`` that temporal layers can be injected into. Its scheduler is replaced by DDIM with the
+            same noise schedule, so that sampling is deterministic.
+
+    Raises:
+        ValueError: If the pipeline has no UNet of a known kind, or its text encoder cannot be called.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        unet = getattr(pipeline, "unet", None)
+        if not isinstance(unet, UNet2DConditionModel | UNet2DModel):
+            raise ValueError(
+                "PipelineBase: expected a pipeline whose unet is a UNet2DConditionModel or UNet2DModel, got "
+                f"{type(pipeline).__name__} with {type(unet).__name__}; choose a Stable Diffusion, DDPM or LDM pipeline"
+            )
+        if isinstance(unet, UNet2DConditionModel) and not hasattr(pipeline, "encode_prompt"):
+            raise ValueError(
+                f"PipelineBase: expected a text-to-image pipeline with encode_prompt, got {type(pipeline).__name__}"
+            )
+        self.pipeline = pipeline
+        self.unet = unet.eval().requires_grad_(False)
+        self.vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+        if self.vae is not None:
+            self.vae.eval().requires_grad_(False)
+        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.latent_shape = (unet.config.in_channels, height, width)
+        self.frame_size = (height * factor, width * factor)
+
+    def to(self, device: str) -> PipelineBase:
+        """Move everything to a device, in place."""
+        self.pipeline.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
+        """Latents by the pipeline's autoencoder; without one, pixels in [-1, 1]."""
+        pixels = (2 * frames - 1).to(self.unet.device, self.unet.dtype)
+        if self.vae is None:
+            return pixels
+        parts = []
+        for part in pixels.split(16):
+            encoded = self.vae.encode(part)
+            parts.append(encoded.latent_dist.mode() if isinstance(self.vae, AutoencoderKL) else encoded.latents)
+        return (torch.cat(parts) - self._shift) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
+        """Frames by the pipeline's autoencoder; without one, pixels."""
+        if self.vae is None:
+            return (latents / 2 + 0.5).clamp(0, 1).float()
+        scaled = latents / self.vae.config.scaling_factor + self._shift
+        return torch.cat([(self.vae.decode(part).sample / 2 + 0.5).clamp(0, 1).float() for part in scaled.split(16)])
+
+    @property
+    def _shift(self) -> float:
+        return getattr(self.vae.config, "shift_factor", None) or 0.0
+
+    @torch.no_grad()
+    def conditioning(self, labels: Sequence[int], captions: Sequence[str]) -> Conditioning:
+        """Text embeddings of the captions; nothing for an unconditional model."""
+        if isinstance(self.unet, UNet2DModel):
+            return {}
+        embeddings, _, *pooled = self.pipeline.encode_prompt(
+            prompt=list(captions),
+            device=self.unet.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        if not pooled:
+            return {"encoder_hidden_states": embeddings}
+        height, width = self.frame_size
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(captions))
+        return {"encoder_hidden_states": embeddings, "text_embeds": pooled[0], "time_ids": time_ids.to(embeddings)}
+
+    def no_conditioning(self, count: int) -> Conditioning:
+        """The empty text."""
+        return self.conditioning([0] * count, [""] * count)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the UNet predicts: noise, velocity or sample, as the scheduler's configuration says."""
+        if isinstance(self.unet, UNet2DModel):
+            return self.unet(noisy, timesteps).sample
+        extra: dict[str, Any] = {}
+        if "text_embeds" in conditioning:
+            extra["added_cond_kwargs"] = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
+        return self.unet(noisy, timesteps, encoder_hidden_states=conditioning["encoder_hidden_states"], **extra).sample
+
+
+def load_base(name: str | Path) -> VideoBase:
+    """Load an image model: a folder written by ``ImageLDM.save_pretrained``, or any pipeline diffusers can load.
+
+    Args:
+        name: Folder, or repository on the Hugging Face hub.
+    """
+    index = Path(name) / "model_index.json"
+    if index.is_file() and '"ImageLDM"' in index.read_text():
+        return LabelBase(ImageLDM.from_pretrained(name))
+    return PipelineBase(DiffusionPipeline.from_pretrained(name))

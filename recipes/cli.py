@@ -1,0 +1,45 @@
+"""The command ``temporal-layers``: one subcommand a job, each loaded only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": ("temporal_layers.recipes.demo", "train temporal layers on a small image model and look at the result"),
+    "train image": ("temporal_layers.recipes.image", "train the image model: autoencoder, then UNet, on single frames"),
+    "train video": ("temporal_layers.recipes.video", "train temporal layers with the image model frozen"),
+}
+
+
+def usage() -> str:
+    """The help text."""
+    lines = ["usage: temporal-layers COMMAND [OPTIONS]", ""]
+    lines += [f"  {name:<12}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join([*lines, "", "temporal-layers COMMAND --help lists the options of a command."])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        arguments: Words behind the program's name; those of the process if None.
+
+    Returns:
+        Exit code: 0, or 2 for an unknown command.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for name, (module, _) in COMMANDS.items():
+        count = len(name.split())
+        if words[:count] == name.split():
+            return importlib.import_module(module).main(words[count:])
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    print(f"temporal-layers: unknown command {' '.join(words)!r}\n\n{usage()}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""The whole job in a few minutes on a CPU: an image model flickers, temporal layers are trained, the video holds.
+
+Loads the shipped image model, samples clips frame by frame, injects temporal layers, trains them with the image model
+frozen, samples again from the same noise, and writes both as MP4 and GIF, a contact sheet, the adapter, the numbers
+and a report.
+
+    temporal-layers demo
+    temporal-layers demo --videos FOLDER      on your own clips
+    temporal-layers demo --base FOLDER_OR_ID  on any Stable Diffusion, DDPM or LDM pipeline of diffusers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from temporal_layers.adapters import TemporalAdapter
+from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase, load_base
+from temporal_layers.recipes.clip_reader import ClipReader
+from temporal_layers.recipes.engine import OptimConfig, RunFolder, versions
+from temporal_layers.recipes.image import HELD_OUT, finetune_frames
+from temporal_layers.recipes.image_ldm import load_shipped
+from temporal_layers.recipes.metrics import clip_frechet, frame_difference, motion_agreement
+from temporal_layers.recipes.report import write_report
+from temporal_layers.recipes.sheets import contact_sheet, side_by_side
+from temporal_layers.recipes.video import DEFAULT_OPTIM, alphas, driving_clips, encode_clips, sample_clips, train_video
+from temporal_layers.recipes.video_io import list_videos, write_video
+
+CAPTION = "a video"
+"""Text for clips that come without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The demo.
+
+    Attributes:
+        out: Folder for everything it writes.
+        seed: Seed of data, weights, batches and noise: the same seed on the same machine gives the same result.
+        videos: Folder of video files to train on instead of the generated driving corpus. The shipped image model is
+            first fine-tuned on their frames.
+        base: Image pipeline to start from instead of the shipped model: a folder or an id on the Hugging Face hub.
+        fps: Frames per second of the clips; files are resampled to it.
+        num_frames: Frames of a clip.
+        num_clips: Clips to train on; with ``videos``, the most that are read.
+        spare_frames: Frames of a training clip beyond ``num_frames``, from which the window is drawn.
+        samples: Clips to sample before and after.
+        sampling_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 turns it off.
+        optim: Training of the temporal layers.
+        finetune_autoencoder: Training of the shipped autoencoder on the frames of ``videos``.
+        finetune_unet: Training of the shipped image UNet on the frames of ``videos``.
+    """
+
+    out: Path = Path("demo")
+    seed: int = 0
+    videos: Path | None = None
+    base: str | None = None
+    fps: float = 8.0
+    num_frames: int = 16
+    num_clips: int = 96
+    spare_frames: int = 8
+    samples: int = 6
+    sampling_steps: int = 20
+    guidance_scale: float = 1.0
+    optim: OptimConfig = DEFAULT_OPTIM
+    finetune_autoencoder: OptimConfig = OptimConfig(steps=150, batch_size=4, lr=5e-4, ema_decay=0.95, weight_decay=0.0)
+    finetune_unet: OptimConfig = OptimConfig(steps=300, batch_size=16, lr=5e-4, ema_decay=0.98)
+
+    def __post_init__(self) -> None:
+        if min(self.num_frames, self.num_clips, self.samples, self.sampling_steps) < 1 or self.spare_frames < 0:
+            raise ValueError(
+                "DemoConfig: expected num_frames, num_clips, samples and sampling_steps of at least 1 and spare_frames "
+                f"of at least 0, got {self.num_frames}, {self.num_clips}, {self.samples}, {self.sampling_steps} and "
+                f"{self.spare_frames}"
+            )
+
+
+@dataclass(frozen=True)
+class Footage:
+    """Clips to train on and clips to compare with.
+
+    Attributes:
+        train: Training clips, ``(clips, 3, frames, height, width)`` in [0, 1].
+        train_conditioning: One row a training clip.
+        real: Clips that were not trained on, ``num_frames`` long, where there are enough.
+        conditioning: What to sample: one row a sample.
+        note: Where the clips come from.
+    """
+
+    train: Tensor
+    train_conditioning: Conditioning
+    real: Tensor
+    conditioning: Conditioning
+    note: str
+
+
+def generated_footage(base: VideoBase, config: DemoConfig) -> Footage:
+    """Clips of the driving corpus; those to compare with are held out from every training in this repository."""
+    length = config.num_frames + config.spare_frames
+    train = driving_clips(base.frame_size, config.num_clips, length, seed=config.seed)
+    real = driving_clips(base.frame_size, 4 * config.samples, config.num_frames, first=HELD_OUT, seed=config.seed)
+    shown = real[: config.samples]
+    return Footage(
+        train=torch.stack([clip.frames for clip in train]),
+        train_conditioning=base.conditioning([clip.label for clip in train], [clip.caption for clip in train]),
+        real=torch.stack([clip.frames for clip in real]),
+        conditioning=base.conditioning([clip.label for clip in shown], [clip.caption for clip in shown]),
+        note="generated driving clips",
+    )
+
+
+def own_footage(base: VideoBase, config: DemoConfig) -> Footage:
+    """Clips of the user's files. A quarter is held out to compare with, if there are at least four."""
+    length = config.num_frames + config.spare_frames
+    reader = ClipReader(list_videos(config.videos), num_frames=length, size=base.frame_size, fps=config.fps)
+    clips = []
+    for clip in reader:
+        clips.append(clip.frames)
+        if len(clips) == config.num_clips:
+            break
+    held_out = len(clips) // 4
+    train = torch.stack(clips[: len(clips) - held_out])
+    real = torch.stack(clips[len(clips) - held_out :] if held_out else clips)[:, :, : config.num_frames]
+    note = f"{reader.report}; {held_out} held out" if held_out else f"{reader.report}; compared with the training clips"
+    return Footage(
+        train=train,
+        train_conditioning=_plain_conditioning(base, len(train)),
+        real=real,
+        conditioning=_plain_conditioning(base, config.samples),
+        note=note,
+    )
+
+
+def _plain_conditioning(base: VideoBase, count: int) -> Conditioning:
+    if isinstance(base, LabelBase):
+        return base.no_conditioning(count)  # own clips have none of the driving corpus's labels
+    return base.conditioning([0] * count, [CAPTION] * count)
+
+
+def measure(clips: Tensor, real: Tensor) -> dict[str, float | None]:
+    """The numbers of one row: frame difference, motion agreement, Frechet distance to real clips.
+
+    The last is None if there are too few clips for it.
+    """
+    try:
+        distance = clip_frechet(clips, real)
+    except ValueError:
+        distance = None
+    return {
+        "frame difference": float(frame_difference(clips)),
+        "motion agreement": float(motion_agreement(clips)),
+        "Frechet distance": None if distance is None else float(distance),
+    }
+
+
+def compare(before: Tensor, after: Tensor, real: Tensor, seed: int) -> dict[str, dict[str, float | None]]:
+    """Rows for real, before and after, and for two ways to cheat: real clips frozen, and with frames shuffled.
+
+    Args:
+        before: Clips of the image model, frame by frame.
+        after: Clips with temporal layers, as many.
+        real: Real clips. If there are at least twice as many, the first are measured against the others.
+        seed: Seed of the shuffling.
+    """
+    count = len(after)
+    shown, reference = (real[:count], real[count:]) if len(real) >= 2 * count else (real, real)
+    order = torch.stack([torch.randperm(real.shape[2], generator=torch.Generator().manual_seed(seed))] * len(shown))
+    shuffled = torch.stack([clip[:, row] for clip, row in zip(shown, order, strict=True)])
+    rows = {
+        "real": shown,
+        "before: frame by frame": before,
+        "after: temporal layers": after,
+        "real, frozen": shown[:, :, :1].expand_as(shown),
+        "real, shuffled": shuffled,
+    }
+    return {name: measure(clips, reference) for name, clips in rows.items()}
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made.
+
+    Attributes:
+        adapter: The trained temporal layers.
+        before: Clips frame by frame, ``(clips, 3, frames, height, width)``.
+        after: Clips from the same noise with temporal layers.
+        table: Numbers by row and column.
+        losses: Training loss of each step.
+        seconds: Wall time of the parts.
+    """
+
+    adapter: TemporalAdapter
+    before: Tensor
+    after: Tensor
+    table: dict[str, dict[str, float | None]]
+    losses: list[float]
+    seconds: dict[str, float]
+
+
+class _Clock:
+    def __init__(self, console: Console) -> None:
+        self.console, self.seconds, self.last = console, {}, time.perf_counter()
+
+    def __call__(self, name: str, text: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+        self.console.print(f"[dim]{self.seconds[name]:6.1f} s[/dim]  {text}")
+
+
+def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult:
+    """Run the demo and write everything to ``config.out``.
+
+    Args:
+        config: What to do.
+        console: Where to report; the terminal if None.
+    """
+    console = console or Console()
+    clock = _Clock(console)
+    base = LabelBase(load_shipped()) if config.base is None else load_base(config.base)
+    run = RunFolder(config.out, config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clock("load", f"image model loaded: {config.base or 'the shipped driving model'}, on {device}")
+    footage = generated_footage(base, config) if config.videos is None else own_footage(base, config)
+    clock("clips", f"{len(footage.train)} training clips of {footage.train.shape[2]} frames: {footage.note}")
+    if config.videos is not None and config.base is None:
+        frames = footage.train.transpose(1, 2).flatten(0, 1)
+        finetune_frames(
+            base.ldm, frames, autoencoder=config.finetune_autoencoder, unet=config.finetune_unet, seed=config.seed
+        )
+        clock("finetune", f"image model fine-tuned on {len(frames)} frames")
+    base.to(device)
+    latents = encode_clips(base, footage.train)
+    clock("encode", "training clips encoded, frame by frame")
+    generator = torch.Generator().manual_seed(config.seed)
+    channels, height, width = base.latent_shape
+    noise = torch.randn(config.samples, channels, config.num_frames, height, width, generator=generator)
+    options = {"num_inference_steps": config.sampling_steps, "guidance_scale": config.guidance_scale}
+    before = sample_clips(base, footage.conditioning, noise, frame_by_frame=True, **options)
+    clock("before", f"{config.samples} clips sampled frame by frame")
+    adapter, losses = train_video(
+        base,
+        latents,
+        footage.train_conditioning,
+        config.optim,
+        num_frames=config.num_frames,
+        seed=config.seed,
+        run=run,
+    )
+    clock("train", f"temporal layers trained: {len(losses)} steps, loss {_tail(losses):.4f}")
+    after = sample_clips(base, footage.conditioning, noise, **options)
+    clock("after", f"{config.samples} clips sampled again, from the same noise")
+    table = compare(before, after, footage.real, config.seed)
+    clock("measure", "clips measured")
+    result = DemoResult(adapter, before, after, table, losses, clock.seconds)
+    _write(result, config, run, footage)
+    clock("write", f"everything written to {config.out}")
+    _show(result, config, console)
+    return result
+
+
+def _tail(losses: Sequence[float]) -> float:
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last)
+
+
+def _count(adapter: TemporalAdapter, *groups: str) -> int:
+    return sum(parameter.numel() for group in groups for _, parameter in adapter.named_parameters(group))
+
+
+def _write(result: DemoResult, config: DemoConfig, run: RunFolder, footage: Footage) -> None:
+    out, fps, scale = config.out, config.fps, 2 if footage.real.shape[-1] <= 256 else 1
+    count = min(3, len(result.after))
+    pairs = [side_by_side(result.before[i], result.after[i], scale=scale) for i in range(count)]
+    write_video(out / "before.mp4", torch.cat(list(result.before[:count]), dim=2), fps)
+    write_video(out / "after.mp4", torch.cat(list(result.after[:count]), dim=2), fps)
+    for suffix in (".mp4", ".gif"):
+        write_video(out / f"before-after{suffix}", torch.cat(pairs, dim=2), fps)
+    rows = {"real": footage.real[0]}
+    for i in range(count):
+        rows |= {f"before {i + 1}": result.before[i], f"after {i + 1}": result.after[i]}
+    sheet = contact_sheet(rows, out / "contact_sheet.png", scale=scale)
+    result.adapter.save_pretrained(out / "adapter")
+    run.write("metrics.json", {"table": result.table, "seconds": result.seconds})
+    write_report(
+        out / "report.html",
+        title="From images to video",
+        summary=(
+            "An image diffusion model samples every frame by itself, so the frames do not belong together. Temporal "
+            "layers are inserted behind its layers and trained on clips while the image model stays frozen. Both clips "
+            "of a pair start from the same noise."
+        ),
+        clips={f"clip {i + 1}": pair for i, pair in enumerate(pairs)},
+        fps=fps,
+        sheet=sheet,
+        table={name: {key: "-" if v is None else v for key, v in row.items()} for name, row in result.table.items()},
+        table_note=(
+            "Frame difference: mean absolute change from frame to frame. Motion agreement: how well the motion between "
+            "two frames predicts the next; 0 for frozen or flickering clips. Frechet distance: between features of "
+            "clips and of real clips, lower is better; a small one of this library, not FVD."
+        ),
+        losses=result.losses,
+        alphas=alphas(result.adapter),
+        config=dataclasses.asdict(config),
+        environment={**versions(), "processor": platform.processor() or platform.machine()},
+        command="temporal-layers demo " + " ".join(_changed(config)),
+    )
+
+
+def _changed(config: DemoConfig) -> list[str]:
+    default = DemoConfig()
+    return [
+        f"--{field.name.replace('_', '-')} {getattr(config, field.name)}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(default, field.name)
+    ]
+
+
+def _show(result: DemoResult, config: DemoConfig, console: Console) -> None:
+    columns = list(next(iter(result.table.values())))
+    table = Table("clips", *columns)
+    for name, row in result.table.items():
+        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in row.values()))
+    console.print(table)
+    temporal, spatial = _count(result.adapter, "temporal", "alpha"), _count(result.adapter, "spatial")
+    console.print(
+        f"{temporal:,} temporal parameters trained, {spatial:,} of the image model frozen, "
+        f"{sum(result.seconds.values()):.0f} s in all"
+    )
+    console.print(f"Look at {config.out / 'before-after.gif'} and {config.out / 'report.html'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of the demo; returns the exit code."""
+    config = tyro.cli(DemoConfig, description=__doc__, prog="temporal-layers demo", args=arguments)
+    try:
+        run_demo(config)
+    except ValueError as error:
+        print(f"temporal-layers demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

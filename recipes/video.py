@@ -1,0 +1,325 @@
+"""Stage "video": temporal alignment. Trains the injected temporal layers and nothing else (Video LDM, section 3.1).
+
+Each clip gets one noise level and independent noise per frame; the loss is the image model's own, so its noise
+schedule and its kind of prediction stay as they are. Latents are computed once.
+
+    python -m temporal_layers.recipes.video --out runs/video
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from temporal_layers import fold_frames, unfold_frames
+from temporal_layers.adapters import TemporalAdapter, TemporalConfig, inject
+from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase
+from temporal_layers.recipes.driving import DrivingClip, DrivingConfig, DrivingCorpus
+from temporal_layers.recipes.engine import Batch, OptimConfig, RunFolder, fit
+from temporal_layers.recipes.image_ldm import load_shipped
+
+DEFAULT_OPTIM = OptimConfig(steps=400, batch_size=2, lr=3e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """Stage "video" on the generated corpus.
+
+    Attributes:
+        out: Folder of the run; ``adapter/`` in it is what ``TemporalAdapter.from_pretrained`` loads.
+        seed: Seed of the data, the initial weights, the batches and the noise.
+        num_clips: Clips to render and encode once.
+        num_frames: Frames of a training window.
+        spare_frames: Frames rendered beyond that, from which the window is drawn.
+        optim: Training of the temporal layers.
+        label_drop: Share of clips trained without conditioning, for classifier-free guidance.
+    """
+
+    out: Path = Path("runs/video")
+    seed: int = 0
+    num_clips: int = 256
+    num_frames: int = 16
+    spare_frames: int = 8
+    optim: OptimConfig = DEFAULT_OPTIM
+    label_drop: float = 0.1
+
+
+class VideoObjective(nn.Module):
+    """The image model's denoising loss on clips.
+
+    Args:
+        base: The image model, temporal layers injected.
+        names: Names of the conditioning tensors, in the order in which ``forward`` gets them.
+    """
+
+    def __init__(self, base: VideoBase, names: Sequence[str]) -> None:
+        super().__init__()
+        self.unet = base.unet  # registered, so that its trainable parameters are found
+        self.base = [base]  # not registered
+        self.names = tuple(names)
+
+    def forward(
+        self,
+        latents: Float[Tensor, "batch channels frames height width"],
+        noise: Float[Tensor, "batch channels frames height width"],
+        timesteps: Tensor,
+        *conditioning: Tensor,
+    ) -> dict[str, Tensor]:
+        """Squared error of the prediction, averaged over everything."""
+        base = self.base[0]
+        noisy = base.scheduler.add_noise(latents, noise, timesteps)
+        output = base.predict(noisy, timesteps, dict(zip(self.names, conditioning, strict=True)))
+        return {"loss": F.mse_loss(output.float(), denoising_target(base.scheduler, latents, noise, timesteps).float())}
+
+
+def denoising_target(scheduler: object, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is asked for: noise, velocity or the clean latents, as the scheduler's configuration says.
+
+    Raises:
+        ValueError: If the kind of prediction is unknown.
+    """
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    if kind == "sample":
+        return latents
+    raise ValueError(f"denoising_target: expected prediction_type epsilon, v_prediction or sample, got {kind!r}")
+
+
+def video_batches(
+    latents: Float[Tensor, "clips channels frames height width"],
+    conditioning: Conditioning,
+    dropped: Conditioning,
+    config: OptimConfig,
+    *,
+    num_frames: int,
+    label_drop: float,
+    num_timesteps: int,
+    seed: int,
+) -> Iterator[Batch]:
+    """Endless batches: a window of each drawn clip, noise, one timestep a clip, conditioning or, at times, none.
+
+    Args:
+        latents: Clips of at least ``num_frames`` frames.
+        conditioning: One row a clip.
+        dropped: One row that says nothing.
+        config: Batch size.
+        num_frames: Frames of a window.
+        label_drop: Share of clips whose conditioning is dropped.
+        num_timesteps: Timesteps of the noise schedule.
+        seed: Seed of everything drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size, spare = config.batch_size, latents.shape[2] - num_frames
+    while True:
+        rows = torch.randint(len(latents), (size,), generator=generator)
+        starts = torch.randint(spare + 1, (size,), generator=generator).tolist()
+        windows = [slice(start, start + num_frames) for start in starts]
+        clips = torch.stack([latents[row, :, window] for row, window in zip(rows, windows, strict=True)])
+        noise = torch.randn(clips.shape, generator=generator)
+        timesteps = torch.randint(num_timesteps, (size,), generator=generator)
+        drop = torch.rand(size, generator=generator) < label_drop
+        kept = [value[rows] for value in conditioning.values()]
+        for name, value in zip(conditioning, kept, strict=True):
+            value[drop.to(value.device)] = dropped[name][0]
+        yield (clips, noise, timesteps, *kept)
+
+
+def train_video(
+    base: VideoBase,
+    latents: Float[Tensor, "clips channels frames height width"],
+    conditioning: Conditioning,
+    config: OptimConfig = DEFAULT_OPTIM,
+    *,
+    num_frames: int,
+    temporal: TemporalConfig | None = None,
+    label_drop: float = 0.1,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+    run: RunFolder | None = None,
+    progress: bool = True,
+) -> tuple[TemporalAdapter, list[float]]:
+    """Inject temporal layers into ``base.unet`` and train them with the image model frozen.
+
+    Args:
+        base: The image model.
+        latents: Clips of at least ``num_frames`` frames.
+        conditioning: One row a clip.
+        config: Steps, learning rate and so on.
+        num_frames: Frames of a training window.
+        temporal: What to inject; the paper's layout if None.
+        label_drop: Share of clips trained without conditioning.
+        seed: Seed of the initial weights and the batches.
+        accelerator: Device and precision; a default one if None.
+        run: Folder that gets the losses.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The adapter, frozen image model included, and the loss of each step.
+
+    Raises:
+        ValueError: If there are no clips, or they are shorter than ``num_frames``.
+    """
+    if latents.ndim != 5 or len(latents) == 0 or latents.shape[2] < num_frames:
+        raise ValueError(
+            f"train_video: latents: expected (clips, channels, frames, height, width) with at least one clip of at "
+            f"least num_frames={num_frames} frames, got {tuple(latents.shape)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapter = inject(base.unet, temporal).freeze()
+    base.unet.train()
+    batches = video_batches(
+        latents,
+        conditioning,
+        base.no_conditioning(1),
+        config,
+        num_frames=num_frames,
+        label_drop=label_drop,
+        num_timesteps=base.scheduler.config.num_train_timesteps,
+        seed=seed,
+    )
+    history = fit(
+        VideoObjective(base, list(conditioning)),
+        batches,
+        config,
+        name="temporal layers",
+        groups=adapter.parameter_groups(lr=config.lr, weight_decay=config.weight_decay),
+        accelerator=accelerator,
+        run=run,
+        progress=progress,
+    )
+    base.unet.eval()
+    return adapter, history
+
+
+@torch.no_grad()
+def sample_clips(
+    base: VideoBase,
+    conditioning: Conditioning,
+    noise: Float[Tensor, "clips channels frames height width"],
+    *,
+    frame_by_frame: bool = False,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 1.0,
+    batch_size: int = 2,
+) -> Float[Tensor, "clips 3 frames height width"]:
+    """Sample clips with the base's sampler and classifier-free guidance, a few clips at a time.
+
+    Args:
+        base: The image model, with temporal layers unless ``frame_by_frame``.
+        conditioning: One row a clip.
+        noise: Standard normal starting point, which also says how many clips of how many frames.
+        frame_by_frame: Sample every frame by itself, as an image; needs no temporal layers.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Weight of the guidance; 1 turns it off and halves the cost.
+        batch_size: Clips at a time, which bounds the memory.
+
+    Returns:
+        Frames in [0, 1].
+    """
+    num_frames = noise.shape[2]
+    parts = []
+    for first in range(0, len(noise), batch_size):
+        rows = slice(first, first + batch_size)
+        some, start = {name: value[rows] for name, value in conditioning.items()}, noise[rows]
+        if frame_by_frame:
+            some = {name: value.repeat_interleave(num_frames, dim=0) for name, value in some.items()}
+            start = fold_frames(start)
+        latents = _denoise(base, some, start, num_inference_steps, guidance_scale)
+        latents = latents if frame_by_frame else fold_frames(latents)
+        parts.append(unfold_frames(base.decode(latents).cpu(), num_frames))
+    return torch.cat(parts)
+
+
+def _denoise(base: VideoBase, conditioning: Conditioning, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
+    scheduler = type(base.scheduler).from_config(base.scheduler.config)
+    scheduler.set_timesteps(steps)
+    device = base.unet.device
+    latents = noise.to(device, base.unet.dtype) * scheduler.init_noise_sigma
+    conditioning = {name: value.to(device) for name, value in conditioning.items()}
+    guided = guidance_scale != 1 and bool(conditioning)
+    if guided:
+        free = base.no_conditioning(len(noise))
+        conditioning = {name: torch.cat([free[name].to(device), value]) for name, value in conditioning.items()}
+    for timestep in scheduler.timesteps:
+        output = base.predict(torch.cat([latents, latents]) if guided else latents, timestep, conditioning)
+        if guided:
+            without, given = output.chunk(2)
+            output = without + guidance_scale * (given - without)
+        latents = scheduler.step(output, timestep, latents).prev_sample
+    return latents
+
+
+def encode_clips(
+    base: VideoBase, clips: Float[Tensor, "clips 3 frames height width"]
+) -> Float[Tensor, "clips channels frames height width"]:
+    """Latents of clips, frame by frame (the encoder is the image model's, as in the paper), on the CPU."""
+    return torch.stack([base.encode(clip.transpose(0, 1)).transpose(0, 1).cpu() for clip in clips])
+
+
+def driving_clips(
+    size: tuple[int, int], count: int, num_frames: int, *, first: int = 0, seed: int = 0
+) -> list[DrivingClip]:
+    """Clips ``first`` to ``first + count - 1`` of the driving corpus at a frame size ``(height, width)``."""
+    corpus = DrivingCorpus(DrivingConfig(height=size[0], width=size[1]), seed=seed)
+    return [corpus.clip(index, num_frames) for index in range(first, first + count)]
+
+
+def alphas(adapter: TemporalAdapter) -> dict[str, float]:
+    """Mean alpha of every temporal layer by the name of its site."""
+    return {name: layer.blend.alpha.mean().item() for name, layer in adapter.layers.items()}
+
+
+def run_video_stage(config: VideoConfig) -> TemporalAdapter:
+    """Run the whole stage on the shipped image LDM and write adapter, losses and configuration to ``config.out``."""
+    run = RunFolder(config.out, config)
+    accelerator = Accelerator()
+    started = time.perf_counter()
+    ldm = load_shipped()
+    base = LabelBase(ldm)
+    accelerator.print(f"rendering {config.num_clips} clips")
+    # Training clips of the image stage are fair game here, held-out ones are not.
+    clips = driving_clips(base.frame_size, config.num_clips, config.num_frames + config.spare_frames, seed=config.seed)
+    latents = encode_clips(base, torch.stack([clip.frames for clip in clips]))
+    conditioning = base.conditioning([clip.label for clip in clips], [clip.caption for clip in clips])
+    ldm.to(accelerator.device)
+    adapter, history = train_video(
+        base,
+        latents,
+        conditioning,
+        config.optim,
+        num_frames=config.num_frames,
+        label_drop=config.label_drop,
+        seed=config.seed + 7919 * accelerator.process_index,
+        accelerator=accelerator,
+        run=run,
+    )
+    if accelerator.is_main_process:
+        adapter.save_pretrained(config.out / "adapter")
+        run.write("alphas.json", alphas(adapter))
+        tail = history[-max(1, len(history) // 10) :]
+        run.write("result.json", {"seconds": time.perf_counter() - started, "loss": sum(tail) / len(tail)})
+    return adapter
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of the stage; returns the exit code."""
+    run_video_stage(tyro.cli(VideoConfig, description=__doc__, prog="temporal-layers train video", args=arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Image models as bases of the video stages: the label LDM and diffusers' pipelines."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from temporal_layers.recipes.bases import LabelBase, PipelineBase, load_base
+from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
+
+
+def check_base(base, *, size, latent_shape):
+    """What every base has to offer, on folded and on 5-D latents."""
+    assert base.frame_size == size and base.latent_shape == latent_shape
+    frames = torch.rand(2, 3, *size)
+    latents = base.encode(frames)
+    assert latents.shape == (2, *latent_shape)
+    decoded = base.decode(latents)
+    assert decoded.shape == frames.shape and 0 <= decoded.min() and decoded.max() <= 1
+    for conditioning in (base.conditioning([0, 1], ["a day road", "a night road"]), base.no_conditioning(2)):
+        assert all(len(value) == 2 for value in conditioning.values())
+        with torch.no_grad():
+            assert base.predict(latents, torch.tensor([3, 500]), conditioning).shape == latents.shape
+    assert isinstance(base.scheduler, DDIMScheduler)
+
+
+def test_label_base_loads_from_its_folder(tmp_path):
+    config = ImageLDMConfig(height=32, width=48, vae_channels=(8, 8), unet_channels=(16, 32), num_heads=2)
+    ldm = build_image_ldm(config, ("day", "night"), seed=0)
+    ldm.save_pretrained(tmp_path)
+    base = load_base(tmp_path)
+    assert isinstance(base, LabelBase)
+    check_base(base, size=(32, 48), latent_shape=(4, 16, 24))
+    assert base.conditioning([1, 0], ["", ""])["labels"].tolist() == [1, 0]
+    assert base.no_conditioning(2)["labels"].tolist() == [2, 2]
+
+
+def test_stable_diffusion_predicts_what_its_own_unet_does(stable_diffusion, tmp_path):
+    stable_diffusion.save_pretrained(tmp_path / "pipeline")
+    base = load_base(tmp_path / "pipeline")
+    check_base(base, size=(32, 32), latent_shape=(4, 16, 16))
+    latents = torch.randn(2, 4, 16, 16)
+    conditioning = base.conditioning([0, 0], ["a day road", "a night video"])
+    text, _ = stable_diffusion.encode_prompt(["a day road", "a night video"], "cpu", 1, False)
+    with torch.no_grad():
+        expected = stable_diffusion.unet(latents, 7, encoder_hidden_states=text).sample
+        torch.testing.assert_close(base.predict(latents, torch.tensor(7), conditioning), expected)
+    frames = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        mode = stable_diffusion.vae.encode(2 * frames - 1).latent_dist.mode()
+    torch.testing.assert_close(base.encode(frames), mode * stable_diffusion.vae.config.scaling_factor)
+    assert base.scheduler.config.beta_schedule == "scaled_linear"
+    assert not any(parameter.requires_grad for parameter in base.unet.parameters())
+
+
+def test_stable_diffusion_xl_gets_pooled_text_and_sizes(stable_diffusion_xl):
+    base = PipelineBase(stable_diffusion_xl)
+    check_base(base, size=(32, 32), latent_shape=(4, 16, 16))
+    conditioning = base.conditioning([0], ["a road"])
+    assert conditioning["encoder_hidden_states"].shape == (1, 12, 32)
+    assert conditioning["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
+
+
+def test_unconditional_pixel_model_needs_no_autoencoder(unconditional):
+    base = PipelineBase(unconditional)
+    check_base(base, size=(32, 32), latent_shape=(3, 32, 32))
+    assert base.conditioning([0], ["a road"]) == {}
+    frames = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(base.decode(base.encode(frames)), frames)
+
+
+def test_pipelines_without_a_known_unet_are_refused(stable_diffusion, unconditional):
+    stable_diffusion.unet = None
+    with pytest.raises(ValueError, match="PipelineBase: expected a pipeline whose unet .* with NoneType; choose"):
+        PipelineBase(stable_diffusion)
+    unconditional.unet = StableDiffusionPipeline.from_pipe  # not a module either
+    with pytest.raises(ValueError, match="got DDPMPipeline with"):
+        PipelineBase(unconditional)

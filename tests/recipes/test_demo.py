@@ -1,0 +1,126 @@
+"""The demo end to end, with tiny models and few steps: files, numbers, repeatability, the user's own input."""
+
+import io
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+
+from temporal_layers.adapters import TemporalAdapter
+from temporal_layers.recipes import cli, demo
+from temporal_layers.recipes.demo import DemoConfig, compare, run_demo
+from temporal_layers.recipes.engine import OptimConfig
+from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
+from temporal_layers.recipes.video_io import bunny_path, read_video
+
+FILES = ("before.mp4", "after.mp4", "before-after.mp4", "before-after.gif", "contact_sheet.png", "report.html")
+
+
+def quick(out, **options):
+    defaults = {
+        "num_frames": 5,
+        "num_clips": 2,
+        "spare_frames": 1,
+        "samples": 2,
+        "sampling_steps": 2,
+        "optim": OptimConfig(steps=2, batch_size=1, lr=1e-3),
+    }
+    return DemoConfig(out=out, **(defaults | options))
+
+
+@pytest.fixture
+def silent():
+    return Console(file=io.StringIO(), width=120)
+
+
+@pytest.fixture
+def tiny_ldm(tmp_path):
+    config = ImageLDMConfig(height=32, width=48, vae_channels=(8, 8), unet_channels=(16, 32), num_heads=2)
+    build_image_ldm(config, ("day", "night") * 6, seed=0).save_pretrained(tmp_path / "ldm")
+    return str(tmp_path / "ldm")
+
+
+def test_demo_writes_everything_it_names(tiny_ldm, tmp_path, silent):
+    out = tmp_path / "out"
+    result = run_demo(quick(out, base=tiny_ldm), silent)
+    for name in FILES:
+        assert (out / name).stat().st_size > 100, name
+    assert result.before.shape == result.after.shape == (2, 3, 5, 32, 48)
+    clip = read_video(out / "before-after.mp4")
+    assert clip.frames.shape[1] == 5 and clip.fps == 8
+    table = json.loads((out / "metrics.json").read_text())["table"]
+    assert list(table) == ["real", "before: frame by frame", "after: temporal layers", "real, frozen", "real, shuffled"]
+    assert table["real, frozen"]["frame difference"] == 0
+    assert "temporal parameters trained" in silent.file.getvalue()
+    page = (out / "report.html").read_text()
+    assert "temporal layers" in page and f"--base {tiny_ldm}" in page
+    unet = UNet2DConditionModel.from_pretrained(tiny_ldm, subfolder="unet", torch_dtype=torch.float32)
+    loaded = TemporalAdapter.from_pretrained(unet, out / "adapter")
+    for name, value in result.adapter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_demo_repeats_with_its_seed(tiny_ldm, tmp_path, silent):
+    runs = [run_demo(quick(tmp_path / str(i), base=tiny_ldm, seed=s), silent) for i, s in enumerate((1, 1, 2))]
+    assert torch.equal(runs[0].after, runs[1].after) and runs[0].table == runs[1].table
+    assert not torch.equal(runs[0].before, runs[2].before)
+
+
+def test_demo_runs_on_a_stable_diffusion_folder(stable_diffusion, tmp_path, silent):
+    stable_diffusion.save_pretrained(tmp_path / "pipeline")
+    result = run_demo(quick(tmp_path / "out", base=str(tmp_path / "pipeline"), guidance_scale=3.0), silent)
+    assert result.after.shape == (2, 3, 5, 32, 32)
+    assert not torch.equal(result.after, result.before)
+
+
+def test_demo_runs_on_an_unconditional_pipeline(unconditional, tmp_path, silent):
+    unconditional.save_pretrained(tmp_path / "pipeline")
+    assert run_demo(quick(tmp_path / "out", base=str(tmp_path / "pipeline")), silent).after.shape == (2, 3, 5, 32, 32)
+
+
+def test_real_clip_goes_through_the_whole_chain(tiny_ldm, tmp_path, silent, monkeypatch):
+    """Big Buck Bunny: decode, autoencoder, frame fine-tune, injected UNet, training step, sampling, encode."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "bunny.mp4").write_bytes(bunny_path().read_bytes())
+    (videos / "broken.mp4").write_bytes(b"not a video")
+    (videos / "notes.txt").write_text("not a video either")
+    monkeypatch.setattr(demo, "load_shipped", lambda: demo.load_base(tiny_ldm).ldm)
+    one = OptimConfig(steps=1, batch_size=1, lr=1e-4)
+    config = quick(tmp_path / "out", videos=videos, num_clips=9, finetune_autoencoder=one, finetune_unet=one)
+    result = run_demo(config, silent)
+    assert result.after.shape == (2, 3, 5, 32, 48) and result.after.isfinite().all()
+    assert read_video(tmp_path / "out" / "after.mp4").frames.shape[1] == 5
+    told = silent.file.getvalue()
+    assert "fine-tuned" in told and "broken.mp4" in told
+
+
+def test_videos_that_cannot_be_used_end_with_a_message(tmp_path, capsys):
+    assert cli.main(["demo", "--videos", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_config_is_checked():
+    with pytest.raises(ValueError, match="DemoConfig: expected num_frames, num_clips, samples .* got 0, 96"):
+        DemoConfig(num_frames=0)
+
+
+def test_a_frozen_and_a_shuffled_clip_score_badly():
+    clips = torch.stack([clip.frames for clip in demo.driving_clips((32, 48), 8, 16)])
+    table = compare(clips[:2], clips[2:4], clips, seed=0)
+    agreement = {name: row["motion agreement"] for name, row in table.items()}
+    assert agreement["real"] > agreement["real, shuffled"] and agreement["real"] > agreement["real, frozen"]
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_cli_lists_its_commands(words, capsys):
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.COMMANDS)
+
+
+def test_cli_refuses_an_unknown_command(capsys):
+    assert cli.main(["dmeo"]) == 2
+    assert "unknown command 'dmeo'" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""Stage "video": objective, batches, training of the temporal layers alone, sampling."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from temporal_layers import fold_frames
+from temporal_layers.adapters import TemporalAdapter, adapter_of
+from temporal_layers.recipes.bases import LabelBase
+from temporal_layers.recipes.engine import OptimConfig
+from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
+from temporal_layers.recipes.video import (
+    VideoObjective,
+    alphas,
+    denoising_target,
+    driving_clips,
+    encode_clips,
+    sample_clips,
+    train_video,
+    video_batches,
+)
+
+TINY = ImageLDMConfig(
+    height=16, width=24, vae_channels=(8, 8), unet_channels=(16, 32), num_heads=2, context_dim=8, num_tokens=2
+)
+
+
+@pytest.fixture
+def base():
+    return LabelBase(build_image_ldm(TINY, ("day", "night"), seed=0))
+
+
+def make_latents(base, clips=3, frames=5):
+    return torch.randn(clips, base.latent_shape[0], frames, *base.latent_shape[1:])
+
+
+def test_denoising_target_is_what_the_scheduler_says():
+    latents, noise = torch.randn(2, 4, 3, 5, 5), torch.randn(2, 4, 3, 5, 5)
+    timesteps = torch.tensor([10, 900])
+    alpha_bar = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), 0)[timesteps].view(2, 1, 1, 1, 1)
+    expected = {
+        "epsilon": noise,
+        "v_prediction": alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents,
+        "sample": latents,
+    }
+    for kind, target in expected.items():
+        scheduler = DDIMScheduler(prediction_type=kind)
+        torch.testing.assert_close(denoising_target(scheduler, latents, noise, timesteps), target)
+    scheduler = DDIMScheduler()
+    scheduler.register_to_config(prediction_type="flow")
+    with pytest.raises(ValueError, match=r"denoising_target: expected prediction_type .* got 'flow'"):
+        denoising_target(scheduler, latents, noise, timesteps)
+
+
+def test_objective_gives_each_clip_one_noise_level_and_each_frame_its_own_noise(base):
+    latents, noise = make_latents(base, clips=2, frames=3), make_latents(base, clips=2, frames=3)
+    timesteps, labels = torch.tensor([100, 700]), torch.tensor([0, 1])
+    train_video(base, latents, {"labels": labels}, OptimConfig(steps=1, batch_size=1, lr=1e-9), num_frames=3)
+    loss = VideoObjective(base, ["labels"])(latents, noise, timesteps, labels)["loss"]
+    total = 0.0
+    with torch.no_grad():  # frame by frame: a fresh adapter is the image model
+        for frame in range(3):
+            z, e = latents[:, :, frame], noise[:, :, frame]
+            noisy = base.scheduler.add_noise(z, e, timesteps)
+            output = base.ldm.unet(noisy, timesteps, base.ldm.conditioner(labels)).sample
+            total += (output - base.scheduler.get_velocity(z, e, timesteps)).square().mean() / 3
+    torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-5)
+
+
+def batches(base, latents, *, label_drop=0.0, seed=0, size=4):
+    return video_batches(
+        latents,
+        {"labels": torch.arange(len(latents)) % 2},
+        base.no_conditioning(1),
+        OptimConfig(steps=1, batch_size=size, lr=1e-3),
+        num_frames=3,
+        label_drop=label_drop,
+        num_timesteps=1000,
+        seed=seed,
+    )
+
+
+def test_batches_are_windows_of_clips_with_their_conditioning(base):
+    latents = make_latents(base)
+    starts = set()
+    stream = batches(base, latents)
+    for _ in range(10):
+        clips, noise, timesteps, labels = next(stream)
+        assert noise.shape == clips.shape and timesteps.shape == (4,)
+        for clip, label in zip(clips, labels, strict=True):
+            rows = [row for row in range(3) if row % 2 == label]
+            found = [s for s in range(3) for row in rows if torch.equal(clip, latents[row, :, s : s + 3])]
+            assert len(found) == 1
+            starts.add(found[0])
+        assert noise.flatten(2).std() > 0.5 and not torch.equal(noise[:, :, 0], noise[:, :, 1])
+    assert starts == {0, 1, 2}
+
+
+def test_batches_repeat_with_their_seed_and_drop_conditioning(base):
+    latents = make_latents(base)
+    first, again, other = (next(batches(base, latents, seed=seed)) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[1], other[1])
+    null = base.ldm.conditioner.null_label
+    assert (next(batches(base, latents, label_drop=1.0))[3] == null).all()
+    share = torch.cat([next(batches(base, latents, label_drop=0.3, seed=s, size=64))[3] for s in range(20)])
+    assert 0.25 < (share == null).float().mean() < 0.35
+
+
+def test_training_overfits_one_clip_and_leaves_the_image_model_alone(base):
+    clip = driving_clips((32, 48), 1, 4)[0]
+    latents = encode_clips(base, clip.frames[None])
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    config = OptimConfig(steps=50, batch_size=2, lr=1e-2, weight_decay=0.0)
+    conditioning = {"labels": torch.tensor([0])}
+    adapter, history = train_video(base, latents, conditioning, config, num_frames=4, label_drop=0.0, progress=False)
+    assert len(history) == 50
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(16, *latents.shape[1:], generator=generator)
+    fixed = (latents.expand_as(noise), noise, torch.arange(0, 1000, 63), torch.zeros(16, dtype=torch.int64))
+    objective = VideoObjective(base, ["labels"])
+    with torch.no_grad():
+        trained = objective(*fixed)["loss"]
+        with adapter.disabled():
+            untrained = objective(*fixed)["loss"]
+    assert trained < 0.7 * untrained
+    after = base.unet.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert any(abs(alpha - 0.5) > 1e-3 for alpha in alphas(adapter).values())
+    assert not base.unet.training
+    assert isinstance(adapter, TemporalAdapter) and adapter_of(base.unet).sites == adapter.sites
+
+
+def test_training_repeats_with_its_seed():
+    def run(seed):
+        base = LabelBase(build_image_ldm(TINY, ("day",), seed=0))
+        latents = torch.randn(2, 4, 4, 8, 12, generator=torch.Generator().manual_seed(5))
+        config = OptimConfig(steps=3, batch_size=2, lr=1e-3)
+        conditioning = {"labels": torch.zeros(2, dtype=torch.int64)}
+        return train_video(base, latents, conditioning, config, num_frames=3, seed=seed, progress=False)[1]
+
+    assert run(0) == run(0) != run(1)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_frame_by_frame_is_the_image_model_and_the_disabled_adapter(base, guidance_scale):
+    noise = make_latents(base, clips=2, frames=3)
+    conditioning = base.conditioning([0, 1], ["", ""])
+    options = {"num_inference_steps": 2, "guidance_scale": guidance_scale, "batch_size": 1}
+    images = sample_clips(base, conditioning, noise, frame_by_frame=True, **options)
+    assert images.shape == (2, 3, 3, 16, 24) and 0 <= images.min() and images.max() <= 1
+    single = sample_clips(base, base.conditioning([1], [""]), noise[1:, :, 2:], frame_by_frame=True, **options)
+    torch.testing.assert_close(single[0, :, 0], images[1, :, 2], rtol=0, atol=1e-4)
+    config = OptimConfig(steps=20, batch_size=2, lr=1e-2)
+    adapter, _ = train_video(base, noise, conditioning, config, num_frames=3, progress=False)
+    with adapter.disabled():
+        disabled = sample_clips(base, conditioning, noise, **options)
+    torch.testing.assert_close(disabled, images, rtol=0, atol=1e-5)
+    assert (sample_clips(base, conditioning, noise, **options) - images).abs().max() > 1e-2
+
+
+def test_encode_clips_encodes_each_frame(base):
+    clips = torch.rand(2, 3, 3, 16, 24)
+    latents = encode_clips(base, clips)
+    torch.testing.assert_close(fold_frames(latents), base.encode(fold_frames(clips)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 8, 12), (2, 4, 2, 8, 12), (4, 5, 8, 12)])
+def test_training_refuses_clips_that_are_too_few_or_too_short(base, shape):
+    with pytest.raises(ValueError, match=r"train_video: latents: expected \(clips, .*num_frames=3 frames, got \("):
+        train_video(base, torch.zeros(shape), {}, OptimConfig(steps=1, batch_size=1, lr=1e-3), num_frames=3)
+    assert not hasattr(base.unet, "_temporal_state")
