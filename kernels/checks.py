@@ -74,10 +74,14 @@ def check_num_frames(op: str, argument: str, x: Tensor, num_frames: int, *, name
 def check_alike(op: str, argument: str, x: Tensor, like: Tensor, like_name: str) -> None:
     """Requires the dtype and the device of another argument.
 
+    Under autocast, where parameters are wider than activations by design, the dtypes may differ.
+
     Raises:
-        ValueError: the dtypes or the devices differ.
+        ValueError: the devices differ, the dtypes differ outside autocast, or ``x`` is not floating point.
     """
-    if x.dtype != like.dtype or x.device != like.device:
+    check_floating(op, argument, x)
+    same_dtype = x.dtype == like.dtype or torch.is_autocast_enabled(like.device.type)
+    if not same_dtype or x.device != like.device:
         raise invalid(
             op, argument, f"the dtype and device of {like_name}, {describe(like)}", describe(x),
             f"convert it with .to({like_name})",

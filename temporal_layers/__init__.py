@@ -1,7 +1,8 @@
 """Temporal layers for image diffusion models.
 
 ``temporal_layers`` holds the layers; ``temporal_layers.functional`` the operators under them;
-``temporal_layers.adapters`` injects the layers into diffusers' models; ``temporal_layers.recipes`` trains and runs them.
+``temporal_layers.adapters`` injects the layers into diffusers' models; ``temporal_layers.recipes`` trains and runs
+them.
 Importing this package loads PyTorch only.
 """
 

@@ -4,6 +4,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from temporal_layers.config import check_at_least, check_choice
 from temporal_layers.frames import check_divisible
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.positions import RelativePositionBias, RotaryPosition, SinusoidalPosition, zero_
@@ -29,8 +30,8 @@ class TemporalAttention(nn.Module):
         zero_init: start the output projection at zero.
 
     Raises:
-        ValueError: if ``num_heads`` does not divide ``dim`` and ``head_dim`` is not given, or if an option that
-            concerns frames is set together with ``context_dim``.
+        ValueError: if ``num_heads`` does not divide ``dim`` and ``head_dim`` is not given, if ``position`` is unknown,
+            or if an option that concerns frames is set together with ``context_dim``.
     """
 
     def __init__(
@@ -47,17 +48,14 @@ class TemporalAttention(nn.Module):
         **factory,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % num_heads != 0:
-            raise ValueError(
-                f"TemporalAttention: num_heads: expected a divisor of dim={dim}, got {num_heads}; or pass head_dim"
-            )
+        check_choice("TemporalAttention: position", position, ("none", "sinusoidal", "rotary", "relative"))
         if context_dim is not None and (position != "none" or causal or window is not None):
             raise ValueError(
                 "TemporalAttention: expected no position, causal or window with context_dim (cross-attention), "
                 f"got position={position!r}, causal={causal}, window={window}"
             )
         self.num_heads = num_heads
-        self.head_dim = head_dim or dim // num_heads
+        self.head_dim = resolve_head_dim("TemporalAttention", dim, num_heads, head_dim)
         self.context_dim = context_dim
         self.causal = causal
         self.window = window
@@ -93,9 +91,11 @@ class TemporalAttention(nn.Module):
             ``(batch * num_frames, positions, dim)``.
 
         Raises:
-            ValueError: if the batch is no multiple of ``num_frames``, or ``context`` is missing or of a wrong batch.
+            ValueError: if the batch is no multiple of ``num_frames``, ``context`` has another shape, or ``context`` or
+                ``frame_mask`` comes to a layer that has no use for it.
         """
         check_divisible("TemporalAttention", hidden_states.shape[0], num_frames)
+        self._check_extras(context, frame_mask, hidden_states.shape[0] // num_frames)
         if self.context_dim is not None:
             return self.to_out(self._cross(hidden_states, context, num_frames))
         if self.position is not None:
@@ -111,20 +111,35 @@ class TemporalAttention(nn.Module):
             value,
             num_frames=num_frames,
             num_heads=self.num_heads,
-            bias=None if self.relative is None else self.relative(num_frames),
+            bias=None if self.relative is None else self.relative(num_frames).to(query.dtype),
             frame_mask=frame_mask,
             causal=self.causal,
             window=self.window,
         )
         return self.to_out(attended)
 
-    def _cross(self, hidden_states: Tensor, context: Tensor | None, num_frames: int) -> Tensor:
-        batch = hidden_states.shape[0] // num_frames
-        if context is None or context.shape[0] != batch:
-            got = None if context is None else tuple(context.shape)
+    def _check_extras(self, context: Tensor | None, frame_mask: Tensor | None, batch: int) -> None:
+        if self.context_dim is None:
+            if context is not None:
+                raise ValueError(
+                    f"TemporalAttention: context: expected None for attention over frames, got {tuple(context.shape)}; "
+                    "build the layer with context_dim for cross-attention"
+                )
+            return
+        if frame_mask is not None:
             raise ValueError(
-                f"TemporalAttention: context: expected ({batch}, tokens, {self.context_dim}), one a clip, got {got}"
+                f"TemporalAttention: frame_mask: expected None for cross-attention, got {tuple(frame_mask.shape)}; "
+                "it masks frames, and the keys are the context's tokens"
             )
+        shape = None if context is None else tuple(context.shape)
+        if shape is None or len(shape) != 3 or (shape[0], shape[2]) != (batch, self.context_dim):
+            raise ValueError(
+                f"TemporalAttention: context: expected ({batch}, tokens, {self.context_dim}), one a clip, got {shape}; "
+                "pass the text of each clip once, not once a frame"
+            )
+
+    def _cross(self, hidden_states: Tensor, context: Tensor, num_frames: int) -> Tensor:
+        batch = hidden_states.shape[0] // num_frames
 
         # All positions of all frames of a clip share the context: one long query a clip, not one copy of the text each.
         def heads(x: Tensor) -> Tensor:
@@ -139,6 +154,17 @@ class TemporalAttention(nn.Module):
         return (
             f"{kind}, num_heads={self.num_heads}, head_dim={self.head_dim}, causal={self.causal}, window={self.window}"
         )
+
+
+def resolve_head_dim(who: str, dim: int, num_heads: int, head_dim: int | None) -> int:
+    """``head_dim``, or ``dim // num_heads`` if it is ``None``; a ``ValueError`` that names ``who`` if neither works."""
+    check_at_least(f"{who}: num_heads", num_heads, 1)
+    if head_dim is not None:
+        check_at_least(f"{who}: head_dim", head_dim, 1)
+        return head_dim
+    if dim % num_heads != 0:
+        raise ValueError(f"{who}: num_heads: expected a divisor of dim={dim}, got {num_heads}; or pass head_dim")
+    return dim // num_heads
 
 
 def add_per_frame(

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from temporal_layers.autocast import autocast_to
 from temporal_layers.config import AlphaConfig
 from temporal_layers.kernels.alpha_blend import alpha_blend, alpha_residual
 
@@ -53,12 +54,13 @@ class AlphaBlend(nn.Module):
 
         A fixed alpha is on the CPU, a learned one on the device of the layer.
         """
-        return self._alpha(torch.device("cpu"))
+        return self._alpha(torch.device("cpu"), torch.float32)
 
-    def _alpha(self, device: torch.device) -> Tensor:
+    def _alpha(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         # A fixed alpha is made on the spot: it has no state that could be cast, moved to meta or lost.
         if self.logit is None:
-            return torch.full(self.shape, self.config.init, device=device, dtype=torch.float32)
+            wide = torch.promote_types(dtype, torch.float32)
+            return torch.full(self.shape, self.config.init, device=device, dtype=wide)
         return self.logit.sigmoid()
 
     def forward(
@@ -69,24 +71,34 @@ class AlphaBlend(nn.Module):
         num_frames: int,
         channel_dim: int = 1,
         image_only: Bool[Tensor, "batch frames"] | None = None,
+        is_update: bool = False,
     ) -> Float[Tensor, "n ..."]:
         """Blend two branches of equal shape.
 
         Args:
             spatial: ``(batch * num_frames, ...)``, maps with ``channel_dim=1`` or tokens with ``channel_dim=-1``.
-            temporal: same shape and dtype.
+            temporal: same shape and dtype (under autocast any dtype).
             num_frames: frames of a clip.
             channel_dim: axis of the channels.
             image_only: ``(batch, num_frames)``, true for frames that keep the spatial branch exactly.
+            is_update: ``temporal`` is the update of a residual branch, as in :meth:`residual`.
 
         Returns:
             The blend, in the dtype of ``spatial``.
+
+        Raises:
+            ValueError: if ``num_frames`` differs from the clip length of an alpha per frame.
         """
-        self._check_frames(num_frames)
-        return alpha_blend(
+        if self.config.num_frames is not None and num_frames != self.config.num_frames:
+            raise ValueError(
+                f"AlphaBlend: num_frames: expected {self.config.num_frames} (alpha is per frame), got {num_frames}; "
+                "use shape='scalar' for clips of any length"
+            )
+        blend = alpha_residual if is_update else alpha_blend
+        return blend(
             spatial,
-            temporal,
-            self._alpha(spatial.device),
+            autocast_to(temporal, spatial.dtype),
+            self._alpha(spatial.device, spatial.dtype),
             num_frames=num_frames,
             channel_dim=channel_dim,
             image_only=image_only,
@@ -106,22 +118,15 @@ class AlphaBlend(nn.Module):
         The same value as :meth:`forward` with one pass over memory less, and exactly ``hidden_states`` where
         ``update`` is zero. Arguments as there.
         """
-        self._check_frames(num_frames)
-        return alpha_residual(
+        # Through __call__, so that hooks run: offloading brings the logit to the device in one.
+        return self(
             hidden_states,
             update,
-            self._alpha(hidden_states.device),
             num_frames=num_frames,
             channel_dim=channel_dim,
             image_only=image_only,
+            is_update=True,
         )
-
-    def _check_frames(self, num_frames: int) -> None:
-        if self.config.num_frames is not None and num_frames != self.config.num_frames:
-            raise ValueError(
-                f"AlphaBlend: num_frames: expected {self.config.num_frames} (alpha is per frame), got {num_frames}; "
-                "use shape='scalar' for clips of any length"
-            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AlphaBlend":
         def keep_wide(tensor: Tensor) -> Tensor:

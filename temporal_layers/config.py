@@ -15,19 +15,21 @@ NormOver = Literal["clip", "frame"]
 Position = Literal["none", "sinusoidal", "sinusoidal_mlp", "rotary", "relative"]
 
 
-def _check_choice(who: str, value: object, choices: tuple) -> None:
+def check_choice(who: str, value: object, choices: tuple) -> None:
+    """Raise a ``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{who}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _check_at_least(who: str, value: int, least: int) -> None:
+def check_at_least(who: str, value: int, least: int) -> None:
+    """Raise a ``ValueError`` unless ``value`` is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{who}: expected a whole number of at least {least}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaConfig:
-    """How spatial and temporal branch are blended: ``alpha * spatial + (1 - alpha) * temporal`` (Video LDM, section 3.1).
+    """The blend of both branches: ``alpha * spatial + (1 - alpha) * temporal`` (Video LDM, section 3.1).
 
     Args:
         init: alpha at the start, the weight of the spatial branch. The paper does not state it; 0.5 trains well
@@ -44,7 +46,7 @@ class AlphaConfig:
     num_frames: int | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("AlphaConfig.shape", self.shape, ("scalar", "frame", "channel"))
+        check_choice("AlphaConfig.shape", self.shape, ("scalar", "frame", "channel"))
         if self.learned and not 0.0 < self.init < 1.0:
             raise ValueError(
                 f"AlphaConfig.init: expected a value strictly between 0 and 1 for a learned alpha, got {self.init}; "
@@ -58,7 +60,7 @@ class AlphaConfig:
                 f"got shape={self.shape!r} and num_frames={self.num_frames!r}"
             )
         if self.num_frames is not None:
-            _check_at_least("AlphaConfig.num_frames", self.num_frames, 1)
+            check_at_least("AlphaConfig.num_frames", self.num_frames, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +74,9 @@ class TemporalResBlockConfig:
             where the host block has none (autoencoder decoders).
         norm: GroupNorm statistics over the whole ``"clip"`` (frames, height, width) or over each ``"frame"``.
         dropout: probability, in front of every convolution but the first.
-        causal: let a frame see earlier frames only.
-        zero_init: start the last convolution at zero, so that the block starts as the identity.
+        causal: let a frame see itself and earlier frames only; needs ``norm="frame"``.
+        zero_init: start the last convolution at zero (with one convolution also the projection of the timestep
+            embedding), so that the block starts as the identity.
         alpha: the blend with the spatial branch; ``AlphaConfig(init=0.0, learned=False)`` adds the update unweighted.
     """
 
@@ -87,11 +90,16 @@ class TemporalResBlockConfig:
     alpha: AlphaConfig = AlphaConfig()
 
     def __post_init__(self) -> None:
-        _check_at_least("TemporalResBlockConfig.num_convs", self.num_convs, 1)
-        _check_at_least("TemporalResBlockConfig.kernel_size", self.kernel_size, 1)
+        check_at_least("TemporalResBlockConfig.num_convs", self.num_convs, 1)
+        check_at_least("TemporalResBlockConfig.kernel_size", self.kernel_size, 1)
         if self.kernel_size % 2 == 0:
             raise ValueError(f"TemporalResBlockConfig.kernel_size: expected an odd number, got {self.kernel_size}")
-        _check_choice("TemporalResBlockConfig.norm", self.norm, ("clip", "frame"))
+        check_choice("TemporalResBlockConfig.norm", self.norm, ("clip", "frame"))
+        if self.causal and self.norm == "clip":
+            raise ValueError(
+                "TemporalResBlockConfig.norm: expected 'frame' with causal=True, got 'clip'; statistics over the clip "
+                "would let a frame see later ones"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"TemporalResBlockConfig.dropout: expected a value from 0 to below 1, got {self.dropout}")
 
@@ -109,9 +117,9 @@ class TemporalTransformerConfig:
             (added in front of every self-attention: AnimateDiff), ``"rotary"``, ``"relative"`` (a learned bias per
             head and clipped distance), ``"none"``.
         in_norm: GroupNorm in front of ``proj_in``, over the ``"clip"`` (diffusers' AnimateDiff, ModelScope) or each
-            ``"frame"`` (the original AnimateDiff); feature maps only. ``"none"`` for tokens.
+            ``"frame"`` (the original AnimateDiff); feature maps only, needs ``projection``. ``"none"`` for tokens.
         projection: wrap the block in linear projections (AnimateDiff, ModelScope).
-        causal: let a frame attend to itself and earlier frames only.
+        causal: let a frame see itself and earlier frames only; excludes ``in_norm="clip"``.
         window: largest frame distance attended to; ``None`` for all (the paper limits it to 8 on long clips).
         zero_init: start as the identity: the projection out if there is one, else the last linear of each update.
         alpha: the blend with the spatial branch; ``AlphaConfig(init=0.0, learned=False)`` adds the update unweighted.
@@ -131,14 +139,24 @@ class TemporalTransformerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "attentions", tuple(self.attentions))  # JSON has lists only
         for kind in self.attentions:
-            _check_choice("TemporalTransformerConfig.attentions", kind, ("self", "cross"))
+            check_choice("TemporalTransformerConfig.attentions", kind, ("self", "cross"))
         if "self" not in self.attentions:
             raise ValueError(
                 f"TemporalTransformerConfig.attentions: expected at least one 'self' (attention over frames), "
                 f"got {self.attentions!r}; without it frames never mix"
             )
         positions = ("none", "sinusoidal", "sinusoidal_mlp", "rotary", "relative")
-        _check_choice("TemporalTransformerConfig.position", self.position, positions)
-        _check_choice("TemporalTransformerConfig.in_norm", self.in_norm, ("none", "clip", "frame"))
+        check_choice("TemporalTransformerConfig.position", self.position, positions)
+        check_choice("TemporalTransformerConfig.in_norm", self.in_norm, ("none", "clip", "frame"))
+        if self.in_norm != "none" and not self.projection:
+            raise ValueError(
+                f"TemporalTransformerConfig.in_norm: expected 'none' without projection, got {self.in_norm!r}; "
+                "set projection=True, or the normalised input itself would be blended into the output"
+            )
+        if self.causal and self.in_norm == "clip":
+            raise ValueError(
+                "TemporalTransformerConfig.in_norm: expected 'none' or 'frame' with causal=True, got 'clip'; "
+                "statistics over the clip would let a frame see later ones"
+            )
         if self.window is not None:
-            _check_at_least("TemporalTransformerConfig.window", self.window, 0)
+            check_at_least("TemporalTransformerConfig.window", self.window, 0)

@@ -1,7 +1,7 @@
 """Frame positions: sinusoidal, sinusoidal through an MLP, rotary, relative bias.
 
 All are computed from the number of frames at hand and never read from a table of fixed length, so that a clip may be
-longer than those of training, and no buffer is rounded when the model is cast. Trigonometry runs in fp32.
+longer than those of training, and no buffer is rounded when the model is cast. Trigonometry runs in fp32 or wider.
 """
 
 import math
@@ -9,6 +9,9 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from temporal_layers.config import check_at_least
+from temporal_layers.frames import check_divisible
 
 __all__ = [
     "RelativePositionBias",
@@ -22,7 +25,7 @@ __all__ = [
 def sinusoidal_embedding(
     positions: Float[Tensor, "frames"], dim: int, *, interleaved: bool, max_period: float = 10000.0
 ) -> Float[Tensor, "frames dim"]:
-    """Sinusoidal embedding of ``positions``, in fp32.
+    """Sinusoidal embedding of ``positions`` (Vaswani et al. 2017, section 3.5), in fp32, or in fp64 for fp64 positions.
 
     Args:
         positions: ``(frames,)`` frame indices, whole or fractional.
@@ -32,25 +35,34 @@ def sinusoidal_embedding(
         max_period: wavelength, in frames, that the slowest frequency approaches, divided by 2 pi.
 
     Returns:
-        ``(frames, dim)`` in fp32.
+        ``(frames, dim)`` in fp32 or fp64.
 
     Raises:
-        ValueError: if ``dim`` is odd.
+        ValueError: if ``dim`` is not positive and even.
     """
-    if dim % 2 != 0:
-        raise ValueError(f"sinusoidal_embedding: dim: expected an even number, got {dim}")
-    exponents = torch.arange(dim // 2, device=positions.device, dtype=torch.float32) * (
-        -math.log(max_period) / (dim // 2)
-    )
-    angles = positions.to(torch.float32)[:, None] * exponents.exp()[None, :]
+    check_even("sinusoidal_embedding: dim", dim)
+    wide = torch.promote_types(positions.dtype, torch.float32)
+    index = torch.arange(dim // 2, device=positions.device, dtype=wide)
+    log_period, half = math.log(max_period), dim // 2
+    # Rounded in the order of AnimateDiff and of SVD, so that their weights meet the very values they were trained on.
+    exponents = index * (-log_period / half) if interleaved else -log_period * index / half
+    angles = positions.to(wide)[:, None] * exponents.exp()[None, :]
     if interleaved:
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def frame_indices(num_frames: int, device: torch.device | None = None) -> Float[Tensor, "frames"]:
-    """Frame indices ``0 ... num_frames - 1`` in fp32."""
-    return torch.arange(num_frames, device=device, dtype=torch.float32)
+def frame_indices(
+    num_frames: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "frames"]:
+    """Frame indices ``0 ... num_frames - 1`` in ``dtype``."""
+    return torch.arange(num_frames, device=device, dtype=dtype)
+
+
+def check_even(who: str, width: int) -> None:
+    """Raise a ``ValueError`` unless ``width`` is a positive even number."""
+    if width < 2 or width % 2 != 0:
+        raise ValueError(f"{who}: expected a positive even number, got {width}; channels are taken in pairs")
 
 
 class SinusoidalPosition(nn.Module):
@@ -58,10 +70,14 @@ class SinusoidalPosition(nn.Module):
 
     Args:
         dim: width, even.
+
+    Raises:
+        ValueError: if ``dim`` is not positive and even.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        check_even("SinusoidalPosition: dim", dim)
         self.dim = dim
 
     def forward(self, num_frames: int, *, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "frames dim"]:
@@ -80,6 +96,9 @@ class SinusoidalMLPPosition(nn.Module):
     Args:
         dim: width, even.
         zero_init: start the second linear at zero, so that the embedding starts as nothing.
+
+    Raises:
+        ValueError: if ``dim`` is not positive and even.
     """
 
     def __init__(
@@ -91,6 +110,7 @@ class SinusoidalMLPPosition(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_even("SinusoidalMLPPosition: dim", dim)
         self.dim = dim
         self.linear_1 = nn.Linear(dim, 4 * dim, device=device, dtype=dtype)
         self.act = nn.SiLU()
@@ -109,21 +129,36 @@ class RotaryPosition(nn.Module):
 
     Args:
         head_dim: width of a head, even; neighbouring pairs of channels are rotated.
+
+    Raises:
+        ValueError: if ``head_dim`` is not positive and even.
     """
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        if head_dim % 2 != 0:
-            raise ValueError(f"RotaryPosition: head_dim: expected an even number, got {head_dim}")
+        check_even("RotaryPosition: head_dim", head_dim)
         self.head_dim = head_dim
 
     def forward(
         self, hidden_states: Float[Tensor, "n positions inner"], *, num_frames: int
     ) -> Float[Tensor, "n positions inner"]:
-        """Rotate ``(batch * num_frames, positions, heads * head_dim)`` queries or keys by their frame index."""
-        embedding = sinusoidal_embedding(
-            frame_indices(num_frames, hidden_states.device), self.head_dim, interleaved=False
-        )
+        """Rotate queries or keys by their frame index.
+
+        Args:
+            hidden_states: ``(batch * num_frames, positions, heads * head_dim)``, any floating dtype; rotated in fp32 or
+                wider.
+            num_frames: frames of a clip.
+
+        Returns:
+            The shape and dtype of ``hidden_states``.
+
+        Raises:
+            ValueError: if the batch is no multiple of ``num_frames``.
+        """
+        check_divisible("RotaryPosition", hidden_states.shape[0], num_frames)
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        indices = frame_indices(num_frames, hidden_states.device, wide)
+        embedding = sinusoidal_embedding(indices, self.head_dim, interleaved=False)
         cos, sin = embedding[:, None, None, :].chunk(2, dim=-1)  # (f, 1, 1, d/2)
         x = hidden_states.unflatten(0, (-1, num_frames)).unflatten(-1, (-1, self.head_dim))
         even, odd = x.to(cos.dtype)[..., 0::2], x.to(cos.dtype)[..., 1::2]
@@ -142,6 +177,9 @@ class RelativePositionBias(nn.Module):
     Args:
         num_heads: heads of the attention.
         max_distance: largest distance, in frames, with an entry of its own.
+
+    Raises:
+        ValueError: if ``max_distance`` is negative.
     """
 
     def __init__(
@@ -153,6 +191,7 @@ class RelativePositionBias(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_at_least("RelativePositionBias: max_distance", max_distance, 0)
         self.max_distance = max_distance
         self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1, device=device, dtype=dtype))
 

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from temporal_layers.autocast import autocast_to
 from temporal_layers.blend import AlphaBlend
 from temporal_layers.config import TemporalResBlockConfig
 from temporal_layers.frames import check_divisible, frames_to_height, height_to_frames
@@ -28,6 +29,7 @@ class FrameGroupNorm(nn.GroupNorm):
     def forward(
         self, maps: Float[Tensor, "batch channels frames pixels"]
     ) -> Float[Tensor, "batch channels frames pixels"]:
+        maps = autocast_to(maps, self.weight.dtype)
         if self.over == "clip":
             return group_norm(maps, self.num_groups, self.weight, self.bias, eps=self.eps, activation="silu")
         num_frames = maps.shape[2]
@@ -40,19 +42,23 @@ class FrameConv(nn.Conv2d):
     """Convolution over frames on ``(batch, channels, frames, pixels)`` with a 4-D weight ``(out, in, k, 1)``.
 
     It is an ordinary ``nn.Conv2d`` on that view, so adapters for convolutions (LoRA) and offload hooks fit it; a 5-D
-    weight would make ``model.to(memory_format=torch.channels_last)`` fail.
+    weight would make ``model.to(memory_format=torch.channels_last)`` fail. The constructor is the one of its base:
+    PEFT calls it to build the low-rank factors, and causality is a class because PEFT copies nothing but the class.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, causal: bool, **factory) -> None:
-        padding = (0, 0) if causal else (kernel_size // 2, 0)
-        super().__init__(in_channels, out_channels, (kernel_size, 1), padding=padding, **factory)
-        self.causal = causal
+    causal = False
 
     def forward(self, maps: Float[Tensor, "batch channels frames pixels"]) -> Float[Tensor, "batch out frames pixels"]:
         num_frames = maps.shape[2]
-        folded = maps.transpose(1, 2).flatten(0, 1).unsqueeze(-1)
+        folded = autocast_to(maps, self.weight.dtype).transpose(1, 2).flatten(0, 1).unsqueeze(-1)
         folded = temporal_conv(folded, self.weight, self.bias, num_frames=num_frames, causal=self.causal)
         return folded.squeeze(-1).unflatten(0, (-1, num_frames)).transpose(1, 2)
+
+
+class CausalFrameConv(FrameConv):
+    """A :class:`FrameConv` that sees the same and earlier frames only."""
+
+    causal = True
 
 
 class TemporalResBlock(nn.Module):
@@ -87,7 +93,7 @@ class TemporalResBlock(nn.Module):
         super().__init__()
         config = config or TemporalResBlockConfig()
         factory = {"device": device, "dtype": dtype}
-        if channels % num_groups != 0:
+        if num_groups < 1 or channels % num_groups != 0:
             raise ValueError(
                 f"TemporalResBlock: num_groups: expected a divisor of channels={channels}, got {num_groups}"
             )
@@ -96,16 +102,20 @@ class TemporalResBlock(nn.Module):
         self.norms = nn.ModuleList(
             FrameGroupNorm(num_groups, channels, eps=eps, over=config.norm, **factory) for _ in range(config.num_convs)
         )
+        size, conv = config.kernel_size, CausalFrameConv if config.causal else FrameConv
         self.convs = nn.ModuleList(
-            FrameConv(channels, channels, config.kernel_size, causal=config.causal, **factory)
-            for _ in range(config.num_convs)
+            conv(channels, channels, (size, 1), padding=(size // 2, 0), **factory) for _ in range(config.num_convs)
         )
-        use_temb = config.timestep_embedding and temb_channels is not None
-        self.temb_proj = nn.Linear(temb_channels, channels, **factory) if use_temb else None
+        self.temb_channels = temb_channels if config.timestep_embedding else None
+        self.temb_proj = None
+        if self.temb_channels is not None:
+            self.temb_proj = nn.Linear(self.temb_channels, channels, **factory)
         self.dropout = nn.Dropout(config.dropout)
         self.blend = AlphaBlend(config.alpha, channels=channels, device=device)
         if config.zero_init:
             zero_(self.convs[-1])
+            if config.num_convs == 1 and self.temb_proj is not None:
+                zero_(self.temb_proj)  # nothing follows it that is zero
 
     def forward(
         self,
@@ -119,8 +129,8 @@ class TemporalResBlock(nn.Module):
 
         Args:
             hidden_states: ``(batch * num_frames, channels, height, width)``, frames innermost.
-            temb: ``(batch * num_frames, temb_channels)`` timestep embedding before its activation; needed if the
-                block has a projection for it.
+            temb: ``(batch * num_frames, temb_channels)`` timestep embedding before its activation, one a frame; needed
+                if the block has a projection for it, ignored otherwise.
             num_frames: frames of a clip.
             image_only: ``(batch, num_frames)``, true for frames that pass unchanged.
 
@@ -128,14 +138,10 @@ class TemporalResBlock(nn.Module):
             The shape, dtype and memory format of ``hidden_states``.
 
         Raises:
-            ValueError: if the batch is no multiple of ``num_frames``, or ``temb`` is missing.
+            ValueError: if the batch is no multiple of ``num_frames``, or ``hidden_states`` or ``temb`` has another
+                shape.
         """
-        check_divisible("TemporalResBlock", hidden_states.shape[0], num_frames)
-        if self.temb_proj is not None and temb is None:
-            raise ValueError(
-                "TemporalResBlock: temb: expected (batch * num_frames, temb_channels), got None; "
-                "the block was built with temb_channels"
-            )
+        self._check(hidden_states, temb, num_frames)
         height, width = hidden_states.shape[-2:]
         maps = frames_to_height(hidden_states, num_frames)
         for index, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
@@ -148,6 +154,23 @@ class TemporalResBlock(nn.Module):
                 maps = maps + projected.unflatten(0, (-1, num_frames)).transpose(1, 2).unsqueeze(-1)
         update = height_to_frames(maps, height, width)
         return self.blend.residual(hidden_states, update, num_frames=num_frames, image_only=image_only)
+
+    def _check(self, hidden_states: Tensor, temb: Tensor | None, num_frames: int) -> None:
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.channels:
+            raise ValueError(
+                f"TemporalResBlock: hidden_states: expected (batch * num_frames, {self.channels}, height, width), "
+                f"got {tuple(hidden_states.shape)}; fold the frames into the batch with fold_frames"
+            )
+        check_divisible("TemporalResBlock", hidden_states.shape[0], num_frames)
+        if self.temb_channels is None:
+            return
+        expected = (hidden_states.shape[0], self.temb_channels)
+        if temb is None or tuple(temb.shape) != expected:
+            got = None if temb is None else tuple(temb.shape)
+            raise ValueError(
+                f"TemporalResBlock: temb: expected {expected}, one embedding a frame, got {got}; repeat it for the "
+                "frames of a clip, or build the block without temb_channels"
+            )
 
     def extra_repr(self) -> str:
         return f"{self.channels}"

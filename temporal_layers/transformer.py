@@ -5,7 +5,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from temporal_layers.attention import TemporalAttention, add_per_frame
+from temporal_layers.attention import TemporalAttention, add_per_frame, resolve_head_dim
+from temporal_layers.autocast import autocast_to
 from temporal_layers.blend import AlphaBlend
 from temporal_layers.config import TemporalTransformerConfig
 from temporal_layers.frames import check_divisible
@@ -34,6 +35,10 @@ class InputGroupNorm(nn.GroupNorm):
     """GroupNorm of feature maps over each clip or each frame, in front of the projection in."""
 
     def __init__(self, num_groups: int, dim: int, *, over: str, **factory) -> None:
+        if num_groups < 1 or dim % num_groups != 0:
+            raise ValueError(
+                f"TemporalTransformerBlock: num_groups: expected a divisor of dim={dim}, got {num_groups}"
+            )
         super().__init__(num_groups, dim, eps=1e-6, **factory)
         self.over = over
 
@@ -41,6 +46,7 @@ class InputGroupNorm(nn.GroupNorm):
         self, maps: Float[Tensor, "n dim height width"], *, num_frames: int
     ) -> Float[Tensor, "n dim height width"]:
         span = num_frames if self.over == "clip" else 1
+        maps = autocast_to(maps, self.weight.dtype)
         return group_norm(maps, self.num_groups, self.weight, self.bias, num_frames=span, eps=self.eps)
 
 
@@ -61,6 +67,10 @@ class TemporalTransformerBlock(nn.Module):
         context_dim: channels of the text; ``None`` drops the cross-attentions of the config.
         num_groups: groups of the input norm, if the config has one.
         config: everything else.
+
+    Raises:
+        ValueError: if ``num_heads`` does not divide ``dim`` and ``head_dim`` is not given, or ``num_groups`` does not
+            divide ``dim`` where the config has an input norm.
     """
 
     def __init__(
@@ -78,7 +88,7 @@ class TemporalTransformerBlock(nn.Module):
         super().__init__()
         config = config or TemporalTransformerConfig()
         factory = {"device": device, "dtype": dtype}
-        head_dim = head_dim or dim // num_heads
+        head_dim = resolve_head_dim("TemporalTransformerBlock", dim, num_heads, head_dim)
         inner = num_heads * head_dim if config.projection else dim
         zero_updates = config.zero_init and not config.projection
         self.dim = dim
@@ -141,7 +151,8 @@ class TemporalTransformerBlock(nn.Module):
         Args:
             hidden_states: tokens ``(batch * num_frames, positions, dim)`` or maps
                 ``(batch * num_frames, dim, height, width)``, frames innermost.
-            context: ``(batch, tokens, context_dim)`` text, one a clip; needed if the block has cross-attention.
+            context: ``(batch, tokens, context_dim)`` text, one a clip; needed if the block has cross-attention, ignored
+                otherwise.
             num_frames: frames of a clip.
             frame_mask: ``(batch, num_frames)``, true for frames that may be attended to.
             image_only: ``(batch, num_frames)``, true for frames that pass unchanged.
@@ -150,16 +161,11 @@ class TemporalTransformerBlock(nn.Module):
             The shape, dtype and, for maps, memory format of ``hidden_states``.
 
         Raises:
-            ValueError: if the batch is no multiple of ``num_frames``, ``context`` is missing, or tokens come where the
-                block has an input norm.
+            ValueError: if the batch is no multiple of ``num_frames``, ``context`` is missing, ``hidden_states`` has
+                another shape, or tokens come where the block has an input norm.
         """
-        check_divisible("TemporalTransformerBlock", hidden_states.shape[0], num_frames)
+        self._check(hidden_states, num_frames)
         is_map = hidden_states.ndim == 4
-        if self.in_norm is not None and not is_map:
-            raise ValueError(
-                "TemporalTransformerBlock: hidden_states: expected feature maps (n, dim, height, width) because the "
-                f"block has an input GroupNorm, got shape {tuple(hidden_states.shape)}; use in_norm='none' for tokens"
-            )
         normed = hidden_states if self.in_norm is None else self.in_norm(hidden_states, num_frames=num_frames)
         tokens = normed.permute(0, 2, 3, 1).flatten(1, 2) if is_map else normed
         if self.proj_in is not None:
@@ -170,6 +176,20 @@ class TemporalTransformerBlock(nn.Module):
         if is_map:
             tokens = tokens.unflatten(1, hidden_states.shape[-2:]).permute(0, 3, 1, 2)
         return self._merge(hidden_states, tokens, num_frames, image_only)
+
+    def _check(self, hidden_states: Tensor, num_frames: int) -> None:
+        shape = tuple(hidden_states.shape)
+        if len(shape) not in (3, 4) or shape[1 if len(shape) == 4 else -1] != self.dim:
+            raise ValueError(
+                f"TemporalTransformerBlock: hidden_states: expected tokens (n, positions, {self.dim}) or feature maps "
+                f"(n, {self.dim}, height, width), got shape {shape}; fold the frames into the batch with fold_frames"
+            )
+        if self.in_norm is not None and len(shape) != 4:
+            raise ValueError(
+                "TemporalTransformerBlock: hidden_states: expected feature maps (n, dim, height, width) because the "
+                f"block has an input GroupNorm, got shape {shape}; use in_norm='none' for tokens"
+            )
+        check_divisible("TemporalTransformerBlock", shape[0], num_frames)
 
     def _chain(self, tokens: Tensor, context: Tensor | None, num_frames: int, frame_mask: Tensor | None) -> Tensor:
         if self.position is not None:

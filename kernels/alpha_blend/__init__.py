@@ -124,10 +124,10 @@ def check_branches(
     """Checks the arguments of both operators; the names are those of their branches."""
     if channel_dim not in (1, -1):
         raise invalid(op, "channel_dim", "1 (maps) or -1 (tokens)", f"{channel_dim}", "pass the dimension of channels")
-    if first.dim() < 2:
+    if first.dim() < 3:
         raise invalid(
-            op, first_name, "(batch*num_frames, channels, ...) or (batch*num_frames, ..., channels)",
-            f"shape {tuple(first.shape)}", "pass a map or tokens",
+            op, first_name, "a map (batch*num_frames, channels, height, width) or tokens (batch*num_frames, tokens, "
+            "channels)", f"shape {tuple(first.shape)}", "fold the frames into the batch",
         )  # fmt: skip
     check_floating(op, first_name, first)
     check_shape(op, second_name, second, first.shape, f"the shape of {first_name}", "pass two branches of one layer")
@@ -137,9 +137,7 @@ def check_branches(
     if alpha.device != first.device:
         raise invalid(op, "alpha", f"a tensor on {first.device}", describe_device(alpha), f"move it to {first.device}")
     channels = first.shape[channel_dim]
-    per_frame_channel = (
-        alpha.dim() == 2 and alpha.shape[0] in (1, num_frames) and alpha.shape[1] in (1, channels)
-    )
+    per_frame_channel = alpha.dim() == 2 and alpha.shape[0] in (1, num_frames) and alpha.shape[1] in (1, channels)
     if alpha.dim() != 0 and not per_frame_channel:
         raise invalid(
             op, "alpha", f"shape () or (1 or {num_frames}, 1 or {channels})", f"shape {tuple(alpha.shape)}",

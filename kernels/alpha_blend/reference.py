@@ -1,45 +1,160 @@
-"""Eager reference of the blend: the specification and the CPU product."""
+"""Eager reference of the blend: the specification and the CPU product.
+
+A blend is bound by memory, and autograd's composition of it in fp32 moves and keeps fp32 copies of 16-bit branches.
+So both operators are autograd functions: they keep the branches as they came, and on a CPU they convert and
+combine block by block, in the cache. Under ``torch.compile``, on a GPU, and where the backward pass is itself
+differentiated, a block is the whole tensor and the arithmetic is ordinary differentiable PyTorch.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from temporal_layers.kernels.layout import is_channels_last
+
+# Elements of one block: three fp32 operands stay in a core's cache, and the interpreter's cost disappears.
+BLOCK_ELEMENTS = 1 << 18
 
 
 def alpha_blend(
     spatial: Tensor, temporal: Tensor, alpha: Tensor, num_frames: int, channel_dim: int, image_only: Tensor | None
 ) -> Tensor:
     """``alpha * spatial + (1 - alpha) * temporal``; see the public function for the contract."""
-    weight = broadcastable(spatial, alpha, num_frames, channel_dim)
+    weight = frame_weight(alpha, spatial, num_frames)
     if image_only is not None:
-        rows = rowwise(image_only, spatial)
-        temporal = torch.where(rows, spatial, temporal)
-        weight = torch.where(rows, 1.0, weight)
-    wide = weight.dtype
-    return torch.lerp(temporal.to(wide), spatial.to(wide), weight).to(spatial.dtype)
+        temporal = torch.where(per_row(image_only, spatial), spatial, temporal)
+        weight = torch.where(image_only.reshape(-1, 1), 1, weight)
+    return on_rows(Blend, spatial, temporal, weight, channel_dim)
 
 
 def alpha_residual(
     hidden: Tensor, update: Tensor, alpha: Tensor, num_frames: int, channel_dim: int, image_only: Tensor | None
 ) -> Tensor:
     """``hidden + (1 - alpha) * update``; see the public function for the contract."""
-    weight = 1 - broadcastable(hidden, alpha, num_frames, channel_dim)
+    weight = 1 - frame_weight(alpha, hidden, num_frames)
     if image_only is not None:
-        update = update.masked_fill(rowwise(image_only, hidden), 0)
-    wide = weight.dtype
-    return torch.addcmul(hidden.to(wide), update.to(wide), weight).to(hidden.dtype)
+        update = update.masked_fill(per_row(image_only, hidden), 0)
+    return on_rows(WeightedResidual, hidden, update, weight, channel_dim)
 
 
-def broadcastable(x: Tensor, alpha: Tensor, num_frames: int, channel_dim: int) -> Tensor:
-    """Alpha in the dtype of the arithmetic, in a shape that broadcasts against ``x``."""
-    alpha = alpha.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if alpha.dim() == 0:
-        return alpha
-    frames, channels = alpha.shape
-    if frames != 1:
-        alpha = alpha.repeat(x.shape[0] // num_frames, 1)
-    inner = x.dim() - 2
-    return alpha.reshape(-1, *(1,) * inner, channels) if channel_dim == -1 else alpha.reshape(-1, channels, *(1,) * inner)
+def frame_weight(alpha: Tensor, x: Tensor, num_frames: int) -> Tensor:
+    """Alpha in the dtype of the arithmetic as ``(b*f or 1, channels or 1)``."""
+    weight = alpha.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if weight.dim() == 0:
+        return weight.reshape(1, 1)
+    return weight if weight.shape[0] == 1 else weight.repeat(x.shape[0] // num_frames, 1)
 
 
-def rowwise(image_only: Tensor, x: Tensor) -> Tensor:
+def per_row(image_only: Tensor, x: Tensor) -> Tensor:
     """``image_only`` in a shape that broadcasts against ``x``."""
     return image_only.reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def on_rows(
+    function: type[torch.autograd.Function], first: Tensor, second: Tensor, weight: Tensor, channel_dim: int
+) -> Tensor:
+    """Applies ``function`` to the branches as ``(rows, ., .)`` in the memory order of ``first``."""
+    if channel_dim == 1 and first.dim() == 4 and is_channels_last(first):
+        out = on_rows(function, first.permute(0, 2, 3, 1), second.permute(0, 2, 3, 1), weight, -1)
+        return out.permute(0, 3, 1, 2)
+    if channel_dim == 1:
+        out = function.apply(first.flatten(2), second.flatten(2), weight.unsqueeze(-1))
+    else:
+        out = function.apply(first.flatten(1, -2), second.flatten(1, -2), weight.unsqueeze(1))
+    return out.reshape(first.shape)
+
+
+class Blend(torch.autograd.Function):
+    """``weight * spatial + (1 - weight) * temporal`` for 3-D branches and a broadcastable weight."""
+
+    @staticmethod
+    def forward(spatial: Tensor, temporal: Tensor, weight: Tensor) -> Tensor:
+        """Combines the branches."""
+        return blockwise(lambda s, t, w: torch.lerp(t.to(w.dtype), s.to(w.dtype), w), weight, spatial, temporal)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keeps the weight, and the branches only where the weight is trained."""
+        spatial, temporal, weight = inputs
+        ctx.temporal_dtype = temporal.dtype
+        ctx.save_for_backward(weight, *((spatial, temporal) if ctx.needs_input_grad[2] else ()))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the branches and the weight."""
+        weight, *branches = ctx.saved_tensors
+        to_spatial, to_temporal, to_weight = ctx.needs_input_grad
+        return (
+            blockwise(lambda g, w: g * w, weight, grad) if to_spatial else None,
+            blockwise(lambda g, w: g * (1 - w), weight, grad).to(ctx.temporal_dtype) if to_temporal else None,
+            reduced(lambda g, s, t: g * (s - t), weight, grad, *branches) if to_weight else None,
+        )
+
+
+class WeightedResidual(torch.autograd.Function):
+    """``hidden + weight * update`` for 3-D operands and a broadcastable weight."""
+
+    @staticmethod
+    def forward(hidden: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+        """Adds the weighted update."""
+        return blockwise(lambda h, u, w: torch.addcmul(h.to(w.dtype), u.to(w.dtype), w), weight, hidden, update)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keeps the weight, and the update only where the weight is trained."""
+        _, update, weight = inputs
+        ctx.update_dtype = update.dtype
+        ctx.save_for_backward(weight, *((update,) if ctx.needs_input_grad[2] else ()))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of both operands and the weight."""
+        weight, *update = ctx.saved_tensors
+        to_hidden, to_update, to_weight = ctx.needs_input_grad
+        return (
+            grad if to_hidden else None,
+            blockwise(lambda g, w: g * w, weight, grad).to(ctx.update_dtype) if to_update else None,
+            reduced(lambda g, u: g * u, weight, grad, *update) if to_weight else None,
+        )
+
+
+def blockwise(combine: Callable[..., Tensor], weight: Tensor, first: Tensor, *others: Tensor) -> Tensor:
+    """``combine(first, *others, weight)`` in the dtype of ``first``, one block at a time."""
+    blocks = cut(first)
+    if len(blocks) == 1 or first.dtype == weight.dtype:
+        return combine(first, *others, weight).to(first.dtype)
+    out, weight = torch.empty_like(first), weight.expand(first.shape)
+    for block in blocks:
+        out[block] = combine(first[block], *(x[block] for x in others), weight[block])
+    return out
+
+
+def reduced(product: Callable[..., Tensor], weight: Tensor, *tensors: Tensor) -> Tensor:
+    """Sum of ``product(*tensors)`` in the dtype of ``weight``, over the dimensions along which it broadcasts."""
+    blocks = cut(tensors[0])
+    if len(blocks) == 1:
+        return product(*(x.to(weight.dtype) for x in tensors)).sum_to_size(weight.shape)
+    total = torch.zeros_like(weight)
+    spread = [dim for dim, size in enumerate(weight.shape) if size == 1]
+    for block in blocks:
+        part = product(*(x[block].to(weight.dtype) for x in tensors)).sum(spread, keepdim=True)
+        total[tuple(slice(None) if dim in spread else block[dim] for dim in range(2))] += part
+    return total
+
+
+def cut(x: Tensor) -> list[tuple[slice, slice]]:
+    """Blocks of rows and lines of a 3-D tensor, each within ``BLOCK_ELEMENTS`` unless a single line is longer."""
+    whole = [(slice(None), slice(None))]
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
+        return whole
+    if x.numel() <= BLOCK_ELEMENTS:
+        return whole
+    rows, lines, items = x.shape
+    step_lines = min(max(BLOCK_ELEMENTS // items, 1), lines)
+    step_rows = max(BLOCK_ELEMENTS // (items * lines), 1)
+    return [
+        (slice(row, row + step_rows), slice(line, line + step_lines))
+        for row in range(0, rows, step_rows)
+        for line in range(0, lines, step_lines)
+    ]

@@ -1,8 +1,17 @@
-"""Eager reference of the group norm: the specification and the CPU product."""
+"""Eager reference of the group norm: the specification and the CPU product.
+
+Each layout keeps to itself, since converting costs more than normalising. Channels-last frames are, as they lie,
+the channels-last ``(b, c, f, h*w)`` map, for which PyTorch's CPU kernel has a path of its own. On a GPU PyTorch's
+kernel copies channels-last input to contiguous memory and starts only one block of threads for each clip and group;
+forms made of ``var_mean`` avoid both, but they are slower on a CPU and hold an fp32 copy of the input for the
+backward pass.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from temporal_layers.kernels.layout import from_clips, is_channels_last, to_clips
 
 
 def group_norm(
@@ -15,19 +24,21 @@ def group_norm(
     activation: str | None,
 ) -> Tensor:
     """Group norm over the frames of a clip; see the public function for the contract."""
-    frames, channels, height, width = x.shape
-    clips = (
-        x.contiguous(memory_format=torch.channels_last)
-        .permute(0, 2, 3, 1)
-        .view(frames // num_frames, num_frames, height * width, channels)
-        .permute(0, 3, 1, 2)
-    )
+    batch_frames, channels, height, width = x.shape
+    channels_last = is_channels_last(x)
+    if channels_last:
+        clips = to_clips(x, num_frames)
+    else:
+        clips = x.reshape(batch_frames // num_frames, num_frames, channels, height * width).transpose(1, 2)
     if _backward_crashes(clips, weight, bias):
         clips = clips + (weight if bias is None else weight + bias)[0] * 0  # the same values, with a gradient
     y = F.group_norm(clips, num_groups, weight, bias, eps)
     if activation == "silu":
-        y = F.silu(y, inplace=True)
-    return y.permute(0, 2, 3, 1).reshape(frames, height, width, channels).permute(0, 3, 1, 2)
+        # Under autograd an in-place SiLU would clone its input for the backward pass.
+        y = F.silu(y, inplace=not torch.is_grad_enabled())
+    if channels_last:
+        return from_clips(y, height, width)
+    return y.transpose(1, 2).reshape(x.shape)
 
 
 def _backward_crashes(clips: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

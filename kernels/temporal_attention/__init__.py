@@ -105,5 +105,5 @@ def temporal_attention(
         raise invalid(op, "window", "at least 0 or None", f"{window}", "pass the reach in frames")
     resolve_impl(op, impl, query)
     return reference.temporal_attention(
-        query, key, value, num_frames, key_frames, num_heads, bias, frame_mask, causal, window, scale
+        query, key, value, num_frames, num_key_frames, num_heads, bias, frame_mask, causal, window, scale
     )

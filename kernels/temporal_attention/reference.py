@@ -1,8 +1,22 @@
-"""Eager reference of attention over frames: the specification and the CPU product."""
+"""Eager reference of attention over frames: the specification and the CPU product.
+
+Tokens ``(b*f, s, heads*dim)`` are, without a copy, the ``(b, s*heads, f, dim)`` operands of PyTorch's attention:
+positions join the heads instead of the batch. Its result lies in memory as ``(b*f, s, heads*dim)`` again.
+"""
+
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# A GPU grid takes 65,535 blocks in its second and third dimension, and PyTorch's attention kernels put the batch and
+# the heads there (pytorch issue 142228). Half of that also keeps the backward pass of flash attention, which pads
+# every sequence to 128 rows, within 2**31 elements up to a head size of 512.
+MAX_SEQUENCES = 32_768
+
+# Elements of the query that are converted to fp32 at a time on a CPU: three such operands stay in the cache.
+CONVERTED_ELEMENTS = 1 << 18
 
 
 def temporal_attention(
@@ -10,7 +24,7 @@ def temporal_attention(
     key: Tensor,
     value: Tensor,
     num_frames: int,
-    num_key_frames: int,
+    num_key_frames: int | None,
     num_heads: int,
     bias: Tensor | None,
     frame_mask: Tensor | None,
@@ -21,28 +35,84 @@ def temporal_attention(
     """Attention over frames; see the public function for the contract."""
     batch_frames, positions, channels = query.shape
     batch, head_dim = batch_frames // num_frames, channels // num_heads
+    key_frames = num_frames if num_key_frames is None else num_key_frames
 
-    def split(x: Tensor, frames: int) -> Tensor:
-        x = x.reshape(batch, frames, positions, num_heads, head_dim).permute(0, 2, 3, 1, 4)
-        return x.reshape(batch * positions, num_heads, frames, head_dim)
+    def fold_heads(x: Tensor, frames: int) -> Tensor:
+        return x.reshape(batch, frames, positions * num_heads, head_dim)
 
-    q, k, v = split(query, num_frames), split(key, num_key_frames), split(value, num_key_frames)
-    offset = torch.arange(num_frames, device=query.device)[:, None] + num_key_frames - num_frames
-    offset = offset - torch.arange(num_key_frames, device=query.device)
-    allowed = torch.ones_like(offset, dtype=torch.bool)
-    if causal:
-        allowed = allowed & (offset >= 0)
-    if window is not None:
-        allowed = allowed & (offset.abs() <= window)
-    if frame_mask is not None:
-        allowed = allowed & frame_mask[:, None]
-    allowed = allowed.expand(batch, num_frames, num_key_frames)
-    alive = allowed.any(-1, keepdim=True)
-    mask = (allowed | ~alive)[:, None, None]
-    scores = torch.zeros(1, dtype=query.dtype, device=query.device) if bias is None else bias
-    scores = scores.expand(num_heads, num_frames, num_key_frames)
-    mask = torch.where(mask, scores, -torch.inf).expand(batch, positions, num_heads, num_frames, num_key_frames)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.flatten(0, 1), scale=scale)
-    out = out.unflatten(0, (batch, positions)).permute(0, 3, 1, 2, 4)
-    out = torch.where(alive[..., None, None], out, 0)
+    q, k, v = fold_heads(query, num_frames), fold_heads(key, key_frames), fold_heads(value, key_frames)
+    plain_causal = causal and window is None and bias is None and frame_mask is None and num_key_frames is None
+    allowed = None if plain_causal else allowed_pairs(query, num_frames, key_frames, frame_mask, causal, window)
+    # A frame always reaches itself, so only absent keys can leave a query without any.
+    some_dead = allowed is not None and (frame_mask is not None or num_key_frames is not None)
+    alive = allowed.any(-1, keepdim=True) if some_dead else None
+    if alive is not None:
+        allowed = allowed | ~alive
+
+    step = chunk_positions(q, num_heads) * num_heads
+    outputs = []
+    for start in range(0, max(positions * num_heads, 1), step):
+        part = slice(start, start + step)
+        q_part, k_part, v_part = q[:, :, part], k[:, :, part], v[:, :, part]
+        mask = score_mask(allowed, bias, q_part.shape[2] // num_heads)
+        outputs.append(attend(q_part, k_part, v_part, mask, plain_causal, scale))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    if alive is not None:
+        out = torch.where(alive.unsqueeze(-1), out, 0)
     return out.reshape(batch_frames, positions, channels)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    """Attention of ``(b, f, s*heads, dim)`` operands over ``f``, in the layout and dtype of ``q``."""
+    dtype = q.dtype
+    autocast = nullcontext()
+    if q.device.type == "cpu":
+        # PyTorch's 16-bit attention on a CPU rounds the probabilities, and its backward pass takes two to seven
+        # times as long as in fp32. Autocast would bring it back.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        mask = mask.to(wide) if mask is not None and mask.is_floating_point() else mask
+        autocast = torch.autocast("cpu", enabled=False)
+    with autocast:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal, scale=scale
+        )
+    return out.transpose(1, 2).to(dtype)
+
+
+def allowed_pairs(
+    query: Tensor, num_frames: int, key_frames: int, frame_mask: Tensor | None, causal: bool, window: int | None
+) -> Tensor | None:
+    """True where a query frame may attend to a key frame, ``(b or 1, f, key_frames)``; None if everywhere."""
+    allowed = None
+    if causal or window is not None:
+        frames = torch.arange(num_frames, device=query.device) + (key_frames - num_frames)
+        lag = frames[:, None] - torch.arange(key_frames, device=query.device)
+        allowed = lag >= 0 if causal else torch.ones_like(lag, dtype=torch.bool)
+        if window is not None:
+            allowed = allowed & (lag.abs() <= window)
+        allowed = allowed[None]
+    if frame_mask is not None:
+        present = frame_mask[:, None].expand(-1, num_frames, -1)
+        allowed = present if allowed is None else allowed & present
+    return allowed
+
+
+def score_mask(allowed: Tensor | None, bias: Tensor | None, positions: int) -> Tensor | None:
+    """Mask for the scores ``(b, s*heads, f, key_frames)``: boolean without a bias, additive with one."""
+    if bias is None:
+        return None if allowed is None else allowed[:, None]
+    if allowed is None:
+        return bias.repeat(positions, 1, 1)[None]
+    return torch.where(allowed[:, None], bias, -torch.inf).repeat(1, positions, 1, 1)
+
+
+def chunk_positions(q: Tensor, num_heads: int) -> int:
+    """Positions for one launch on operands ``(b, f, s*heads, dim)``."""
+    batch, num_frames, sequences, head_dim = q.shape
+    limit = MAX_SEQUENCES
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
+        limit = min(limit, CONVERTED_ELEMENTS // max(num_frames * head_dim, 1))
+    if batch * sequences <= limit:
+        return max(sequences // num_heads, 1)
+    return max(limit // (max(batch, 1) * num_heads), 1)

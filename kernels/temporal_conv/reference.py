@@ -1,22 +1,25 @@
-"""Eager reference of the convolution over frames: the specification and the CPU product."""
+"""Eager reference of the convolution over frames: the specification and the CPU product.
 
-import torch
+A ``(k, 1, 1)`` convolution over clips is a 2-D convolution with kernel ``(k, 1)`` over maps whose height is the
+frames and whose width is all positions. On channels-last frames that map is a view, and the 2-D kernels of
+oneDNN and cuDNN are the fast ones: against ``conv3d`` on contiguous clips the forward pass takes a third to
+four fifths of the time on a CPU.
+"""
+
 import torch.nn.functional as F
 from torch import Tensor
+
+from temporal_layers.kernels.layout import from_clips, to_clips
 
 
 def temporal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int, causal: bool) -> Tensor:
     """Convolution over frames; see the public function for the contract."""
-    frames, channels, height, width = x.shape
-    clips = (
-        x.contiguous(memory_format=torch.channels_last)
-        .permute(0, 2, 3, 1)
-        .view(frames // num_frames, num_frames, height * width, channels)
-        .permute(0, 3, 1, 2)
-    )
+    height, width = x.shape[2:]
+    clips = to_clips(x, num_frames)
     reach = weight.shape[2] - 1
     if causal:
+        # Padding both ends by the reach and dropping the tail saves this copy, but its backward is twice as slow.
         y = F.conv2d(F.pad(clips, (0, 0, reach, 0)), weight, bias)
     else:
         y = F.conv2d(clips, weight, bias, padding=(reach // 2, 0))
-    return y.permute(0, 2, 3, 1).reshape(frames, height, width, weight.shape[0]).permute(0, 3, 1, 2)
+    return from_clips(y, height, width)

@@ -1,0 +1,77 @@
+"""Low-rank adaptation through PEFT: the adapted layer is the layer with weights W + BA, merged or not."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from temporal_layers import TemporalResBlock, TemporalResBlockConfig, TemporalTransformerBlock
+
+RANK, ALPHA, FRAMES = 2, 6, 4
+
+
+def resblock(causal=False):
+    config = TemporalResBlockConfig(norm="frame", causal=causal)
+    return TemporalResBlock(8, temb_channels=6, num_groups=4, config=config)
+
+
+def transformer():
+    return TemporalTransformerBlock(8, num_heads=2, context_dim=5)
+
+
+CASES = {
+    "conv": (resblock, ["convs.0", "convs.1", "temb_proj"]),
+    "conv_causal": (lambda: resblock(causal=True), ["convs.0", "convs.1"]),
+    "attention": (transformer, ["to_q", "to_k", "to_v", "to_out"]),
+    "feed_forward": (transformer, ["proj_in", "proj_out"]),
+}
+
+
+def adapted_and_equivalent(name, randomised):
+    """A layer with random low-rank factors, and a plain twin whose weights were added up here."""
+    build, targets = CASES[name]
+    plain = randomised(build())
+    adapted = copy.deepcopy(plain)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, init_lora_weights=False)
+    inject_adapter_in_model(config, adapted)
+    adapted.double()
+    changed = 0
+    for path, module in adapted.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+            weight = plain.get_submodule(path).weight
+            with torch.no_grad():
+                weight += (ALPHA / RANK * (up.flatten(1) @ down.flatten(1))).reshape(weight.shape)
+            changed += 1
+    assert changed >= len(targets)
+    return adapted, plain
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapted_merged_and_unmerged_are_the_sum_of_the_weights(name, randomised, relative_error):
+    adapted, plain = adapted_and_equivalent(name, randomised)
+    maps = torch.randn(2 * FRAMES, 8, 2, 3, dtype=torch.float64)
+    is_conv = isinstance(plain, TemporalResBlock)
+    extra = torch.randn((2 * FRAMES, 6) if is_conv else (2, 3, 5), dtype=torch.float64)
+    expected = plain(maps, extra, num_frames=FRAMES)
+    assert relative_error(adapted(maps, extra, num_frames=FRAMES), expected) < 1e-12
+
+    layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+    for module in layers:
+        module.merge()
+    assert relative_error(adapted(maps, extra, num_frames=FRAMES), expected) < 1e-12
+    for module in layers:
+        module.unmerge()
+    assert relative_error(adapted(maps, extra, num_frames=FRAMES), expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_the_low_rank_factors_train(name, randomised):
+    adapted, _ = adapted_and_equivalent(name, randomised)
+    maps = torch.randn(FRAMES, 8, 2, 3, dtype=torch.float64)
+    extra = torch.randn((FRAMES, 6) if isinstance(adapted, TemporalResBlock) else (1, 3, 5), dtype=torch.float64)
+    adapted(maps, extra, num_frames=FRAMES).square().sum().backward()
+    for key, parameter in adapted.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == ("lora_" in key), key
