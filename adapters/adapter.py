@@ -11,11 +11,10 @@ from torch import nn
 
 from temporal_layers import AlphaBlend
 from temporal_layers.adapters import files
+from temporal_layers.adapters.attach import attach, build_layers, detach, place_of
 from temporal_layers.adapters.config import TemporalConfig
-from temporal_layers.adapters.roots import ROOT_MIXINS
-from temporal_layers.adapters.sites import InjectionSite, check_root, plan
-from temporal_layers.adapters.state import FrameCheckpoint, TemporalState
-from temporal_layers.adapters.swap import AttentionSite, ResnetSite, check_swappable, restore_class, swap_class
+from temporal_layers.adapters.sites import InjectionSite, plan
+from temporal_layers.adapters.state import TemporalState
 
 __all__ = ["TemporalAdapter", "adapter_of", "inject"]
 
@@ -46,7 +45,8 @@ def inject(model: nn.Module, config: TemporalConfig | None = None) -> "TemporalA
     """
     config = config or TemporalConfig()
     sites = plan(model, config)
-    return _attach(model, config, sites, _build(model, config, sites))
+    attach(model, config, sites, build_layers(model, config, sites))
+    return TemporalAdapter(model)
 
 
 def adapter_of(model: nn.Module) -> "TemporalAdapter":
@@ -59,40 +59,6 @@ def adapter_of(model: nn.Module) -> "TemporalAdapter":
         raise ValueError(
             f"adapter_of: expected a model with temporal layers, got a plain {type(model).__name__}; call inject first"
         )
-    return TemporalAdapter(model)
-
-
-def _build(model: nn.Module, config: TemporalConfig, sites: tuple[InjectionSite, ...]) -> dict[str, nn.Module]:
-    layers = {}
-    for site in sites:
-        host = next(model.get_submodule(site.name).parameters())
-        dtype = host.dtype if host.dtype.is_floating_point and host.dtype.itemsize > 1 else torch.get_default_dtype()
-        try:
-            layers[site.name] = site.build(config, device=host.device, dtype=dtype)
-        except ValueError as error:
-            raise ValueError(f"inject: {site.name}: {error}") from error
-    return layers
-
-
-def _attach(
-    model: nn.Module, config: TemporalConfig, sites: tuple[InjectionSite, ...], layers: dict[str, nn.Module]
-) -> "TemporalAdapter":
-    hosts = {site.name: model.get_submodule(site.name) for site in sites}
-    for name, host in (*hosts.items(), ("", model)):
-        check_swappable(name, host)
-    # Nothing below can fail: a refusal leaves the model as it was.
-    root = check_root(model)
-    state = TemporalState(config, sites)
-    for site in sites:
-        host = hosts[site.name]
-        host.temporal = layers[site.name].train(host.training)
-        host._temporal_state = state
-        swap_class(host, ResnetSite if site.kind == "resnet" else AttentionSite)
-    model._temporal_state = state
-    swap_class(model, ROOT_MIXINS[root])
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module._gradient_checkpointing_func = FrameCheckpoint(state, module._gradient_checkpointing_func)
     return TemporalAdapter(model)
 
 
@@ -167,7 +133,8 @@ class TemporalAdapter:
         """
         if group not in (None, "spatial", "temporal", "alpha"):
             raise ValueError(
-                f"TemporalAdapter.named_parameters: group: expected 'spatial', 'temporal', 'alpha' or None, got {group!r}"
+                "TemporalAdapter.named_parameters: group: expected 'spatial', 'temporal', 'alpha' or None, "
+                f"got {group!r}"
             )
         temporal = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()}
         alpha = {
@@ -226,45 +193,36 @@ class TemporalAdapter:
         return self
 
     def unfreeze(self) -> "TemporalAdapter":
-        """Undo :meth:`freeze`: every parameter of the image model is as trainable as it was before. Returns the adapter."""
-        state = self._state
-        for name, parameter in self.named_parameters("spatial"):
-            if state.frozen is not None and name in state.frozen:
-                parameter.requires_grad_(state.frozen[name])
-        state.frozen = None
+        """Undo :meth:`freeze`: the image model's parameters are as trainable as they were. Returns the adapter."""
+        _restore_requires_grad(self.model, self._state)
         return self
 
     def remove(self) -> None:
-        """Take the temporal layers out: classes, state-dict keys and outputs of the model are as before injection."""
+        """Take the temporal layers out: classes, state-dict keys and outputs of the model are as before injection.
+
+        Undoes :meth:`freeze` as well.
+
+        Raises:
+            ValueError: if something else changed a module since in a way that stands in between.
+        """
         state = self._state
-        hosts = [self.model.get_submodule(site.name) for site in state.sites]
-        for name, host in zip([*(site.name for site in state.sites), ""], [*hosts, self.model], strict=True):
-            check_swappable(name, host)
-        self.unfreeze()
-        for module in self.model.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(function, FrameCheckpoint):
-                module._gradient_checkpointing_func = function.function
-        for host in hosts:
-            restore_class(host)
-            del host.temporal, host._temporal_state
-        restore_class(self.model)
-        del self.model._temporal_state
+        detach(self.model)
+        _restore_requires_grad(self.model, state)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The temporal weights under their full names in the model."""
-        return {
-            f"{name}.temporal.{key}": value
-            for name, layer in self.layers.items()
-            for key, value in layer.state_dict().items()
-        }
+        return files.full_state_dict(self.layers)
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors`` with the temporal layers to ``folder``.
 
         The image model is not saved. Existing files are replaced only when the new ones are complete.
+
+        Raises:
+            ValueError: if the temporal layers have other tensors than injection made (LoRA on them), or no values.
         """
-        files.save(folder, type(self.model).__name__, self.config, self.sites, self.state_dict())
+        made = build_layers(self.model, self.config, self.sites, meta=True)
+        files.save(folder, type(self.model).__name__, self.config, self.sites, made, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, folder: str | PathLike) -> "TemporalAdapter":
@@ -281,16 +239,14 @@ class TemporalAdapter:
         saved = files.load(folder)
         sites = plan(model, saved.config)
         saved.check_sites(sites)
-        layers = _build(model, saved.config, sites)
+        layers = build_layers(model, saved.config, sites, meta=True)
         saved.check_weights(layers)
         for name, layer in layers.items():
-            prefix = f"{name}.temporal."
-            assign = next(layer.parameters()).is_meta
-            layer.load_state_dict(
-                {key.removeprefix(prefix): value for key, value in saved.weights.items() if key.startswith(prefix)},
-                assign=assign,
-            )
-        return _attach(model, saved.config, sites, layers)
+            device, _ = place_of(model.get_submodule(name))
+            # A host on the meta device is still to get its weights; the layer has its own already.
+            saved.fill(name, layer, torch.device("cpu") if device.type == "meta" else device)
+        attach(model, saved.config, sites, layers)
+        return cls(model)
 
     def summary(self, file: TextIO | None = None) -> None:
         """Print a table of the sites: channels, layer, alpha and parameter count, and totals.
@@ -329,6 +285,13 @@ class TemporalAdapter:
         if getattr(self.model, "_temporal_state", None) is None:
             return f"TemporalAdapter({type(self.model).__name__}, removed)"
         return f"TemporalAdapter({type(self.model).__name__}, {len(self.sites)} sites)"
+
+
+def _restore_requires_grad(model: nn.Module, state: TemporalState) -> None:
+    for name, parameter in model.named_parameters():
+        if state.frozen is not None and name in state.frozen:
+            parameter.requires_grad_(state.frozen[name])
+    state.frozen = None
 
 
 def _alpha_text(layer: nn.Module) -> str:

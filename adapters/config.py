@@ -3,10 +3,10 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from temporal_layers import TemporalResBlockConfig, TemporalTransformerConfig
-from temporal_layers.config import AlphaConfig
 
 __all__ = ["TemporalConfig"]
 
@@ -46,12 +46,12 @@ class TemporalConfig:
                 f"TemporalConfig.transformer_policy: expected one of {', '.join(map(repr, policies))}, "
                 f"got {self.transformer_policy!r}"
             )
-        if self.transformer is not None and self.transformer.in_norm != "none":
-            if self.transformer_policy == "after_transformer_block":
-                raise ValueError(
-                    "TemporalConfig.transformer: expected in_norm='none' with transformer_policy="
-                    f"'after_transformer_block' (tokens), got {self.transformer.in_norm!r}; use 'after_attention'"
-                )
+        in_norm = "none" if self.transformer is None else self.transformer.in_norm
+        if in_norm != "none" and self.transformer_policy == "after_transformer_block":
+            raise ValueError(
+                "TemporalConfig.transformer: expected in_norm='none' with transformer_policy="
+                f"'after_transformer_block' (tokens), got {in_norm!r}; use 'after_attention'"
+            )
 
     @classmethod
     def for_decoder(cls) -> "TemporalConfig":
@@ -67,25 +67,38 @@ class TemporalConfig:
         """Undo :meth:`to_dict`; missing keys take their defaults.
 
         Raises:
-            ValueError: if a key is unknown or a value is out of its range.
+            ValueError: if a key is unknown, or a value is of another type or out of its range.
         """
         return _from_dict(cls, values, "TemporalConfig")
 
 
-_NESTED = {"resblock": TemporalResBlockConfig, "transformer": TemporalTransformerConfig, "alpha": AlphaConfig}
-
-
 def _from_dict(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected a dictionary, got {type(values).__name__}")
-    known = [field.name for field in dataclasses.fields(cls)]
+        raise ValueError(f"{where}: expected a dictionary, got {values!r}")
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
     for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+        if key not in types:
+            close = difflib.get_close_matches(key, types, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{where}: unknown key {key!r}, expected among {', '.join(known)}{hint}")
-    nested = {
-        key: _from_dict(_NESTED[key], value, f"{where}.{key}") if key in _NESTED and value is not None else value
-        for key, value in values.items()
-    }
-    return cls(**nested)
+            raise ValueError(f"{where}: unknown key {key!r}, expected among {', '.join(types)}{hint}")
+    return cls(**{key: _checked(types[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _checked(expected: Any, value: Any, where: str) -> Any:
+    """Return ``value`` as a field of type ``expected``; JSON may hold any other type in its place."""
+    if get_origin(expected) is UnionType:
+        if value is None:
+            return None
+        (expected,) = (option for option in get_args(expected) if option is not NoneType)
+    if dataclasses.is_dataclass(expected):
+        return _from_dict(expected, value, where)
+    if get_origin(expected) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        item = get_args(expected)[0]
+        return tuple(_checked(item, entry, f"{where}[{index}]") for index, entry in enumerate(value))
+    plain = str if get_origin(expected) is Literal else expected
+    if type(value) is not plain and not (plain is float and type(value) is int):
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+        raise ValueError(f"{where}: expected {names[plain]}, got {value!r}")
+    return value

@@ -1,6 +1,6 @@
 """Mixins of the swapped root models: they accept clips, fold them into the batch and unfold the result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from temporal_layers.adapters.state import FrameCheckpoint
+from temporal_layers.adapters.state import wrap_checkpointing
 from temporal_layers.adapters.swap import Swapped
 from temporal_layers.frames import fold_frames, unfold_frames
 
@@ -24,7 +24,13 @@ class VideoModel(Swapped):
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
         """As in diffusers, with a function that also remembers the clip length."""
-        super().enable_gradient_checkpointing(FrameCheckpoint(self._temporal_state, gradient_checkpointing_func))
+        super().enable_gradient_checkpointing(gradient_checkpointing_func)
+        wrap_checkpointing(self, self._temporal_state)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in the image model, plus the temporal layers."""
+        with self._temporal_state.collecting_root():
+            return super().state_dict(*args, **kwargs)
 
 
 class VideoUNet(VideoModel):
@@ -52,8 +58,9 @@ class VideoUNet(VideoModel):
         if sample.ndim == 4:
             return super().forward(sample, timestep, *args, **kwargs)
         repeat = _PerFrame(type(self).__name__, sample.shape[0], num_frames)
-        args = tuple(repeat(f"argument {index + 2}", value) for index, value in enumerate(args))
-        kwargs = {name: value if name in UNTOUCHED else repeat(name, value) for name, value in kwargs.items()}
+        names = type(self).argument_names[2 : 2 + len(args)]
+        args = tuple(repeat(name, value) for name, value in zip(names, args, strict=True))
+        kwargs = {name: repeat(name, value) for name, value in kwargs.items()}
         output = super().forward(fold_frames(sample), repeat.timestep(timestep), *args, **kwargs)
         if isinstance(output, tuple):
             return (unfold_frames(output[0], num_frames), *output[1:])
@@ -68,10 +75,12 @@ class _PerFrame:
         self.who, self.batch, self.num_frames = who, batch, num_frames
 
     def __call__(self, name: str, value: Any) -> Any:
+        if name in UNTOUCHED:
+            return value
         if torch.is_tensor(value):
             return self._tensor(name, value)
         if isinstance(value, dict):
-            return {key: item if key in UNTOUCHED else self(f"{name}[{key!r}]", item) for key, item in value.items()}
+            return {key: self(f"{name}[{key!r}]", item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(self(f"{name}[{index}]", item) for index, item in enumerate(value))
         return value
@@ -80,6 +89,11 @@ class _PerFrame:
         if not torch.is_tensor(value) or value.ndim == 0 or tuple(value.shape) == (1,):
             return value
         if value.ndim == 2:
+            if tuple(value.shape) != (self.batch, self.num_frames):
+                raise ValueError(
+                    f"{self.who}: timestep: expected ({self.batch}, {self.num_frames}), one for each frame of each "
+                    f"clip, got {tuple(value.shape)}; or pass (), (1,), ({self.batch},)"
+                )
             value = value.flatten()
         return self._tensor("timestep", value)
 
@@ -99,16 +113,31 @@ class _PerFrame:
         return value.repeat_interleave(self.num_frames, dim=0, output_size=total)
 
 
+class ClipDistribution(DiagonalGaussianDistribution):
+    """The posterior of clips ``(batch, channels, frames, height, width)``; diffusers' own sums over three axes only."""
+
+    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
+        """Kullback-Leibler divergence to ``other``, or to the standard normal: ``(batch,)``, in nats."""
+        return _sum_rest(super().kl(other))
+
+    def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3, 4)) -> Tensor:
+        """Negative log-likelihood of ``sample``, summed over ``dims``: ``(batch,)`` for all, in nats."""
+        return super().nll(sample, dims)
+
+
+def _sum_rest(value: Tensor) -> Tensor:
+    return value if value.ndim == 1 else value.flatten(1).sum(1)
+
+
 class VideoAutoencoder(VideoModel):
     """Mixin of an autoencoder: clips in, clips out; the encoder works frame by frame."""
 
-    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """Encode clips ``(batch, channels, frames, height, width)`` or images; the posterior has the shape of the input."""
+        """Encode clips ``(batch, channels, frames, height, width)`` or images, to a posterior of as many axes."""
         if x.ndim != 5:
             return super().encode(x, return_dict=return_dict)
         (posterior,) = super().encode(fold_frames(x), return_dict=False)
-        posterior = DiagonalGaussianDistribution(unfold_frames(posterior.parameters, x.shape[2]))
+        posterior = ClipDistribution(unfold_frames(posterior.parameters, x.shape[2]))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -119,7 +148,7 @@ class VideoAutoencoder(VideoModel):
         """
         num_frames = self._temporal_state.begin(type(self).__name__, z)
         if not self._temporal_state.active and z.ndim == 4:
-            return super().decode(z, return_dict=return_dict)
+            return super().decode(z, return_dict=return_dict, generator=generator)
         folded = fold_frames(z) if z.ndim == 5 else z
         pieces = folded.split(num_frames) if self.use_slicing else (folded,)
         decoded = torch.cat([self._decode(piece).sample for piece in pieces])

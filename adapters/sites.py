@@ -95,7 +95,7 @@ def class_names(module: nn.Module) -> frozenset[str]:
 
 
 def plan(model: nn.Module, config: TemporalConfig | None = None) -> tuple[InjectionSite, ...]:
-    """List the sites that :func:`~temporal_layers.adapters.inject` would fill, in execution order of the modules' names.
+    """List the sites that :func:`~temporal_layers.adapters.inject` would fill.
 
     Works on the meta device and changes nothing.
 
@@ -104,34 +104,43 @@ def plan(model: nn.Module, config: TemporalConfig | None = None) -> tuple[Inject
         config: what to inject; the Video LDM's layout if not given.
 
     Returns:
-        The sites, in the order of ``model.named_modules()``.
+        The sites, in the order of ``model.named_modules()``: the order of registration, not of execution. A module
+        that is registered twice is one site.
 
     Raises:
-        ValueError: if the model is of another class, is a video model already, is injected already, or has no site.
+        ValueError: if the model is of another class, is a video model already, is injected already, has no site, or
+            its weights are being offloaded.
     """
     config = config or TemporalConfig()
     root = check_root(model)
+    check_in_place(model)
     scope = model if ROOTS[root] is None else model.get_submodule(ROOTS[root])
     prefix = "" if ROOTS[root] is None else f"{ROOTS[root]}."
-    sites = tuple(_walk(scope, prefix, config))
+    sites: dict[nn.Module, InjectionSite] = {}
+    for site in _walk(scope, prefix, config):
+        sites.setdefault(model.get_submodule(site.name), site)
     if not sites:
         raise ValueError(
             f"plan: {type(model).__name__}: expected at least one residual block or attention that the configuration "
             f"covers, got none (resblock={'set' if config.resblock else None}, "
             f"transformer={'set' if config.transformer else None}); print the model and check the configuration"
         )
-    for site in sites:
-        host = model.get_submodule(site.name)
+    for host, site in sites.items():
         if hasattr(host, "temporal"):
             raise ValueError(
                 f"plan: {site.name}: expected a {type(host).__name__} without an attribute 'temporal', got one that "
                 "has it; rename it, the temporal layer is registered under that name"
             )
-    return sites
+    return tuple(sites.values())
 
 
 def check_root(model: nn.Module) -> str:
-    """Return the name of the supported root class of ``model``, or raise a ``ValueError`` that says why there is none."""
+    """Return the name of the supported root class of ``model``, or raise a ``ValueError`` saying why there is none."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"plan: expected one of {', '.join(ROOTS)}, got {type(model).__name__}; "
+            "pass the UNet or the VAE itself, for instance pipe.unet"
+        )
     if getattr(model, "_temporal_state", None) is not None:
         raise ValueError(
             f"plan: {type(model).__name__}: expected a plain image model, got one that has temporal layers already; "
@@ -147,9 +156,22 @@ def check_root(model: nn.Module) -> str:
     if root is None:
         raise ValueError(
             f"plan: expected one of {', '.join(ROOTS)}, got {type(model).__name__}; "
-            "pass the UNet or the VAE itself, not a pipeline or a part of it"
+            "pass the UNet or the VAE itself, not a part of it or a wrapper around it"
         )
     return root
+
+
+def check_in_place(model: nn.Module) -> None:
+    """Raise a ``ValueError`` if hooks move the weights of ``model`` about: they would not know of new layers."""
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)  # accelerate's, one or a sequence
+        registry = getattr(module, "_diffusers_hook", None)
+        offloads = any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
+        if offloads or (registry is not None and registry.get_hook("group_offloading") is not None):
+            raise ValueError(
+                f"plan: {name or 'model'}: expected weights that stay in place, got hooks that offload them; "
+                "inject first, then set up offloading"
+            )
 
 
 def _walk(module: nn.Module, prefix: str, config: TemporalConfig, parent: str = "") -> Iterator[InjectionSite]:

@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from temporal_layers.adapters.config import TemporalConfig
 from temporal_layers.adapters.sites import InjectionSite
 from temporal_layers.frames import check_divisible
 
-__all__ = ["FrameCheckpoint", "TemporalState"]
+__all__ = ["FrameCheckpoint", "TemporalState", "unwrap_checkpointing", "wrap_checkpointing"]
 
 
 class TemporalState:
@@ -23,10 +22,12 @@ class TemporalState:
     Attributes:
         config: what was injected.
         sites: where.
-        enabled: whether the temporal layers run at all.
+        enabled: whether the temporal layers run at all; read when a call of the model begins.
         default_num_frames: clip length of 4-D input; ``None`` makes 4-D input plain images.
-        num_frames: clip length of the current call; ``None`` for images.
+        num_frames: clip length the temporal layers work with; ``None`` where they do not run.
         image_only: ``(batch, num_frames)`` bool, true for frames that bypass the temporal layers, or ``None``.
+        frozen: ``requires_grad`` of the image model's parameters before ``freeze()``, by name; ``None`` if not frozen.
+        in_root_state_dict: whether the state dict being collected is that of the whole model.
     """
 
     def __init__(self, config: TemporalConfig, sites: tuple[InjectionSite, ...]) -> None:
@@ -37,13 +38,14 @@ class TemporalState:
         self.num_frames: Any = None
         self.image_only: Tensor | None = None
         self.frozen: dict[str, bool] | None = None
+        self.in_root_state_dict = False
 
     def begin(self, who: str, sample: Tensor, image_only: Tensor | None = None) -> Any:
         """Note the clip length of a call on ``sample``, 5-D clips or 4-D images, and return it (``None``: images).
 
         Raises:
             ValueError: if ``sample`` has neither 4 nor 5 axes, its batch is no multiple of the default clip length, or
-                ``image_only`` has a wrong shape.
+                ``image_only`` comes with images or has a wrong shape.
         """
         if sample.ndim == 5:
             batch, num_frames = sample.shape[0], sample.shape[2]
@@ -57,19 +59,25 @@ class TemporalState:
                 f"{who}: expected clips (batch, channels, frames, height, width) or images "
                 f"(batch, channels, height, width), got shape {tuple(sample.shape)}"
             )
-        if image_only is not None and tuple(image_only.shape) != (batch, num_frames):
-            raise ValueError(
-                f"{who}: image_only: expected shape ({batch}, {num_frames}), one flag a frame, "
-                f"got {tuple(image_only.shape)}; pass clips as 5-D input"
-            )
-        self.num_frames = num_frames
+        if image_only is not None:
+            if num_frames is None:
+                raise ValueError(
+                    f"{who}: image_only: expected None for images, which bypass the temporal layers anyway, got shape "
+                    f"{tuple(image_only.shape)}; pass clips as 5-D input"
+                )
+            if tuple(image_only.shape) != (batch, num_frames):
+                raise ValueError(
+                    f"{who}: image_only: expected shape ({batch}, {num_frames}), one flag for each frame of each clip, "
+                    f"got {tuple(image_only.shape)}; build it from the shape of the clips"
+                )
+        self.num_frames = num_frames if self.enabled else None
         self.image_only = image_only
         return num_frames
 
     @property
     def active(self) -> bool:
         """Whether the temporal layers run in the current call."""
-        return self.enabled and self.num_frames is not None
+        return self.num_frames is not None
 
     @contextmanager
     def during(self, num_frames: Any, image_only: Tensor | None) -> Iterator[None]:
@@ -84,21 +92,31 @@ class TemporalState:
         finally:
             self.num_frames, self.image_only = before
 
+    @contextmanager
+    def collecting_root(self) -> Iterator[None]:
+        """Mark the body as collecting the state dict of the whole model."""
+        before = self.in_root_state_dict
+        self.in_root_state_dict = True
+        try:
+            yield
+        finally:
+            self.in_root_state_dict = before
+
 
 class FrameCheckpoint:
     """A gradient checkpointing function that recomputes with the clip length of the forward pass.
 
     Without it a recomputation would read the clip length of the latest call, which need not be the one whose backward
-    pass is running.
+    pass is running, nor one with the layers switched on.
 
     Args:
         state: the model's state.
         function: the checkpointing function to wrap, called with a callable and its arguments.
     """
 
-    def __init__(self, state: TemporalState, function: Callable | None = None) -> None:
+    def __init__(self, state: TemporalState, function: Callable) -> None:
         self.state = state
-        self.function = function or _checkpoint
+        self.function = function
 
     def __call__(self, module: Callable, *args: Any) -> Any:
         state, num_frames, image_only = self.state, self.state.num_frames, self.state.image_only
@@ -110,5 +128,20 @@ class FrameCheckpoint:
         return self.function(run, *args)
 
 
-def _checkpoint(function: Callable, *args: Any) -> Any:
-    return checkpoint(function, *args, use_reentrant=False)
+CHECKPOINT = "_gradient_checkpointing_func"  # where diffusers keeps the function, on every module that checkpoints
+
+
+def wrap_checkpointing(model: nn.Module, state: TemporalState) -> None:
+    """Make all gradient checkpointing functions set on modules of ``model`` remember the clip length."""
+    for module in model.modules():
+        function = module.__dict__.get(CHECKPOINT)
+        if function is not None and not isinstance(function, FrameCheckpoint):
+            setattr(module, CHECKPOINT, FrameCheckpoint(state, function))
+
+
+def unwrap_checkpointing(model: nn.Module) -> None:
+    """Undo :func:`wrap_checkpointing`."""
+    for module in model.modules():
+        function = module.__dict__.get(CHECKPOINT)
+        if isinstance(function, FrameCheckpoint):
+            setattr(module, CHECKPOINT, function.function)

@@ -12,14 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AttentionSite", "ResnetSite", "Swapped", "check_swappable", "restore_class", "swap_class"]
+__all__ = [
+    "AttentionSite",
+    "ResnetSite",
+    "Swapped",
+    "check_restorable",
+    "check_swappable",
+    "restore_class",
+    "swap_class",
+]
 
 
 class Swapped:
     """Mixin of every swapped module: lets ``deepcopy`` and pickle rebuild a class that has no importable name."""
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        return _rebuild, (type(self).mixin, type(self).spatial_class), self.__dict__
+        cls = type(self)
+        return _rebuild, (cls.mixin, cls.spatial_class), *super().__reduce_ex__(protocol)[2:]
 
 
 class TemporalSite(Swapped):
@@ -40,6 +49,19 @@ class TemporalSite(Swapped):
             return self._mix(output, extra)
         output.sample = self._mix(output.sample, extra)
         return output
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in the image model, plus the temporal layer if the state dict of the whole model is asked for.
+
+        A part of an injected model has the state dict of that part of the image model. Constructors that copy single
+        blocks (``ControlNetModel.from_unet``, ``UNetMotionModel.from_unet2d``) rely on it.
+        """
+        destination = super().state_dict(*args, **kwargs)
+        if not self._temporal_state.in_root_state_dict:
+            prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+            for key in [key for key in destination if key.startswith(f"{prefix}temporal.")]:
+                del destination[key]
+        return destination
 
     def _extra(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         # diffusers passes by keyword normally and by position under gradient checkpointing.
@@ -80,8 +102,9 @@ def temporal_class(mixin: type, spatial_class: type) -> type:
         "__qualname__": spatial_class.__qualname__,
         "__doc__": spatial_class.__doc__,
     }
+    # Read here, once a class: torch.compile cannot trace inspect.
+    names = attributes["argument_names"] = tuple(inspect.signature(spatial_class.forward).parameters)[1:]
     wanted = getattr(mixin, "extra_input", None)
-    names = list(inspect.signature(spatial_class.forward).parameters)[1:]
     if wanted in names:
         attributes["extra_index"] = names.index(wanted)
     elif wanted is not None:
@@ -113,8 +136,23 @@ def _patched_by(module: nn.Module) -> str | None:
     return "unknown"
 
 
-def check_swappable(name: str, module: nn.Module) -> None:
-    """Raise a ``ValueError`` if the class of ``module`` cannot be swapped because something unknown patched it."""
+def check_swappable(name: str, module: nn.Module, mixin: type) -> None:
+    """Raise a ``ValueError`` if something unknown patched ``module``, so that :func:`swap_class` would be lost."""
+    _check_forward(name, module)
+    temporal_class(mixin, type(module))  # a class that cannot be made fails here, before anything is touched
+
+
+def check_restorable(name: str, module: nn.Module) -> None:
+    """Raise a ``ValueError`` if :func:`swap_class` cannot be undone because something else changed ``module`` since."""
+    if "spatial_class" not in type(module).__dict__:
+        raise ValueError(
+            f"{name or 'model'}: expected the class that injection gave it, got {type(module).__qualname__}; something "
+            "changed the class since (fully_shard and torch.nn.utils.parametrize do): undo that first"
+        )
+    _check_forward(name, module)
+
+
+def _check_forward(name: str, module: nn.Module) -> None:
     if _patched_by(module) == "unknown":
         raise ValueError(
             f"{name or 'model'}: {type(module).__name__}: expected the class's own forward, got a 'forward' patched on "
@@ -141,5 +179,6 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo :func:`swap_class`."""
-    _set_class(module, type(module).spatial_class)
+    """Undo :func:`swap_class`; does nothing to a module that was not swapped."""
+    if isinstance(module, Swapped):
+        _set_class(module, type(module).spatial_class)

@@ -1,0 +1,100 @@
+"""Making temporal layers for the sites of a model, putting them in, and taking them out."""
+
+import torch
+from torch import nn
+
+from temporal_layers.adapters.config import TemporalConfig
+from temporal_layers.adapters.roots import ROOT_MIXINS
+from temporal_layers.adapters.sites import InjectionSite, check_root
+from temporal_layers.adapters.state import TemporalState, unwrap_checkpointing, wrap_checkpointing
+from temporal_layers.adapters.swap import (
+    AttentionSite,
+    ResnetSite,
+    check_restorable,
+    check_swappable,
+    restore_class,
+    swap_class,
+)
+
+__all__ = ["attach", "build_layers", "detach", "place_of"]
+
+
+def build_layers(
+    model: nn.Module, config: TemporalConfig, sites: tuple[InjectionSite, ...], *, meta: bool = False
+) -> dict[str, nn.Module]:
+    """Make the temporal layers by the name of their site, in the dtype and on the device of their hosts.
+
+    Args:
+        model: the model that the sites are from.
+        config: what to make.
+        sites: for where.
+        meta: make them on the meta device, without values.
+
+    Raises:
+        ValueError: if the options do not fit a site; the text names it.
+    """
+    layers = {}
+    for site in sites:
+        device, dtype = place_of(model.get_submodule(site.name))
+        try:
+            layers[site.name] = site.build(config, device=torch.device("meta") if meta else device, dtype=dtype)
+        except ValueError as error:
+            raise ValueError(f"inject: {site.name}: {error}") from error
+    return layers
+
+
+def place_of(host: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype for the temporal layer of ``host``.
+
+    The dtype is that of the first parameter that is stored as it is computed with: quantised weights are integers, and
+    layerwise casting stores eight bits.
+    """
+    parameters = list(host.parameters())
+    wide = (p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1)
+    return parameters[0].device, next(wide, torch.get_default_dtype())
+
+
+def attach(
+    model: nn.Module, config: TemporalConfig, sites: tuple[InjectionSite, ...], layers: dict[str, nn.Module]
+) -> None:
+    """Put ``layers`` into ``model``; on any error the model is as before.
+
+    Raises:
+        ValueError: if something unknown patched the forward of a module.
+    """
+    mixins = {site.name: ResnetSite if site.kind == "resnet" else AttentionSite for site in sites}
+    mixins[""] = ROOT_MIXINS[check_root(model)]
+    hosts = {name: model.get_submodule(name) for name in mixins}
+    for name, host in hosts.items():
+        check_swappable(name, host, mixins[name])
+    state = TemporalState(config, sites)
+    try:
+        for name, host in hosts.items():
+            if host is not model:
+                host.temporal = layers[name].train(host.training)
+            host._temporal_state = state
+            swap_class(host, mixins[name])
+        wrap_checkpointing(model, state)
+    except BaseException:  # an interrupt as well
+        _take_out(model, hosts)
+        raise
+
+
+def detach(model: nn.Module) -> None:
+    """Undo :func:`attach`.
+
+    Raises:
+        ValueError: if a module was changed since in a way that cannot be undone here; the model is then as before.
+    """
+    hosts = {name: model.get_submodule(name) for name in [*(site.name for site in model._temporal_state.sites), ""]}
+    for name, host in hosts.items():
+        check_restorable(name, host)
+    _take_out(model, hosts)
+
+
+def _take_out(model: nn.Module, hosts: dict[str, nn.Module]) -> None:
+    unwrap_checkpointing(model)
+    for host in hosts.values():
+        restore_class(host)
+        host._modules.pop("temporal", None)
+        host.__dict__.pop("_temporal_state", None)
