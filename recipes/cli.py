@@ -27,13 +27,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words behind the program's name; those of the process if None.
 
     Returns:
-        Exit code: 0, or 2 for an unknown command.
+        Exit code: 0; 1 if the job failed with a message; 2 for an unknown command.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     for name, (module, _) in COMMANDS.items():
         count = len(name.split())
         if words[:count] == name.split():
-            return importlib.import_module(module).main(words[count:])
+            try:
+                job = importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                print(
+                    f"temporal-layers {name}: expected the package {error.name!r}, got none; "
+                    'install what the recipes need with: pip install "temporal-layers[train]"',
+                    file=sys.stderr,
+                )
+                return 1
+            return job.main(words[count:])
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0
