@@ -29,6 +29,11 @@ def inject(model: nn.Module, config: TemporalConfig | None = None) -> "TemporalA
     (zero-initialised layers). The layers get the dtype and device of the modules they follow and the weights of the
     model are untouched. Either all sites are filled or the model is as before.
 
+    Beside others: set up offloading after the injection. Add a LoRA that is to be trained together with the temporal
+    layers before it, because PEFT freezes all that is there when it comes. The model's state dict has the temporal
+    layers in it; the state dict of a part of the model is that of the image model, so that
+    ``ControlNetModel.from_unet`` and the like work.
+
     Args:
         model: ``UNet2DConditionModel``, ``UNet2DModel`` or ``AutoencoderKL`` (its decoder gets the layers).
         config: which layers, where; the Video LDM's layout if not given.
@@ -64,6 +69,9 @@ def adapter_of(model: nn.Module) -> "TemporalAdapter":
 
 class TemporalAdapter:
     """Handle to the temporal layers of one model. Made by :func:`inject`, :meth:`from_pretrained`, :func:`adapter_of`.
+
+    It has no state of its own: all handles of a model are equal. The clip length of a call is kept in the model, so
+    one model serves one thread at a time; give every thread a copy.
 
     Attributes:
         model: the model they are in.

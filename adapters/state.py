@@ -119,13 +119,22 @@ class FrameCheckpoint:
         self.function = function
 
     def __call__(self, module: Callable, *args: Any) -> Any:
-        state, num_frames, image_only = self.state, self.state.num_frames, self.state.image_only
+        return self.function(_WithFrames(self.state, module), *args)
 
-        def run(*inputs: Any) -> Any:
-            with state.during(num_frames, image_only):
-                return module(*inputs)
 
-        return self.function(run, *args)
+class _WithFrames:
+    """``module`` with the clip length of now, whenever it is called.
+
+    A class, not a nested function: diffusers asks for ``__call__``, which torch.compile does not find on a function.
+    """
+
+    def __init__(self, state: TemporalState, module: Callable) -> None:
+        self.state, self.num_frames, self.image_only = state, state.num_frames, state.image_only
+        self.module = module
+
+    def __call__(self, *inputs: Any) -> Any:
+        with self.state.during(self.num_frames, self.image_only):
+            return self.module(*inputs)
 
 
 CHECKPOINT = "_gradient_checkpointing_func"  # where diffusers keeps the function, on every module that checkpoints

@@ -29,7 +29,12 @@ def invalid(op: str, argument: str, expected: str, got: str, advice: str) -> Val
 
 def describe(tensor: Tensor) -> str:
     """Shape, dtype and device of a tensor in words, e.g. ``(4, 8) float32 on cpu``."""
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+    return f"{tuple(tensor.shape)} {name_of(tensor.dtype)} on {tensor.device}"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Name of a dtype without its module, e.g. ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_map(op: str, argument: str, x: Tensor) -> None:
@@ -71,21 +76,39 @@ def check_num_frames(op: str, argument: str, x: Tensor, num_frames: int, *, name
         )  # fmt: skip
 
 
+def check_device(op: str, argument: str, x: Tensor, like: Tensor, like_name: str) -> None:
+    """Requires the device of another argument.
+
+    Raises:
+        ValueError: the devices differ.
+    """
+    if x.device != like.device:
+        raise invalid(
+            op, argument, f"a tensor on {like.device} like {like_name}", describe(x), f"move it to {like.device}"
+        )
+
+
 def check_alike(op: str, argument: str, x: Tensor, like: Tensor, like_name: str) -> None:
     """Requires the dtype and the device of another argument.
 
     Under autocast, where parameters are wider than activations by design, the dtypes may differ.
 
     Raises:
-        ValueError: the devices differ, the dtypes differ outside autocast, or ``x`` is not floating point.
+        ValueError: the dtypes differ outside autocast, ``x`` is not floating point, or the devices differ.
     """
     check_floating(op, argument, x)
-    same_dtype = x.dtype == like.dtype or torch.is_autocast_enabled(like.device.type)
-    if not same_dtype or x.device != like.device:
+    check_device(op, argument, x, like, like_name)
+    if x.dtype != like.dtype and not is_autocast(like.device.type):
         raise invalid(
-            op, argument, f"the dtype and device of {like_name}, {describe(like)}", describe(x),
-            f"convert it with .to({like_name})",
+            op, argument, f"{name_of(like.dtype)} like {like_name}", describe(x),
+            f"convert it with .to({like_name}.dtype)",
         )  # fmt: skip
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device."""
+    # Devices without autocast, such as meta, raise when asked whether it is on.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def check_shape(op: str, argument: str, x: Tensor, shape: Sequence[int], meaning: str, advice: str) -> None:

@@ -5,6 +5,7 @@ comes from the data: a result may be twice as far from a float64 oracle as plain
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -78,14 +79,34 @@ def in_nan_surroundings(values: Tensor) -> Tensor:
     return window.copy_(values)
 
 
+def with_gradients(
+    function: Callable[..., Tensor], *inputs: Tensor, dtype: torch.dtype, seed: int = 99
+) -> list[Tensor]:
+    """Result of ``function`` and the gradients of its inputs, for a random upstream gradient.
+
+    Args:
+        function: Takes the inputs, returns one tensor.
+        *inputs: Floating tensors; they keep their strides.
+        dtype: Dtype to which the upstream gradient is rounded, so that an oracle in float64 gets the same one.
+        seed: Seed of the upstream gradient.
+
+    Returns:
+        The result, then one gradient for each input; zeros for an input that the result does not depend on.
+    """
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    result = function(*leaves)
+    upstream = random_normal(tuple(result.shape), seed).to(dtype).to(result)
+    return [result.detach(), *torch.autograd.grad(result, leaves, upstream, materialize_grads=True)]
+
+
 def assert_within_budget(
     actual: Tensor, expected: Float[Tensor, "..."], reference: Tensor, *, factor: float = 2.0, what: str = "result"
 ) -> None:
     """Asserts that ``actual`` is as close to a float64 oracle as its dtype allows.
 
-    The error of ``actual`` may be ``factor`` times that of ``reference`` plus the rounding of the oracle itself to
-    the dtype, both in the maximum norm and in the Euclidean norm: the first sees one wrong element, the second a
-    small error everywhere.
+    Meant for dtypes narrower than float64, over which the oracle has no advantage. The error of ``actual`` may be
+    ``factor`` times that of ``reference`` plus the rounding of the oracle itself to the dtype, both in the maximum
+    norm and in the Euclidean norm: the first sees one wrong element, the second a small error everywhere.
 
     Args:
         actual: Result under test.

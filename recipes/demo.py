@@ -290,7 +290,8 @@ def _write(result: DemoResult, config: DemoConfig, run: RunFolder, footage: Foot
     rows = {"real": footage.real[0]}
     for i in range(count):
         rows |= {f"before {i + 1}": result.before[i], f"after {i + 1}": result.after[i]}
-    sheet = contact_sheet(rows, out / "contact_sheet.png", scale=scale)
+    columns = min(8, footage.real.shape[2])
+    sheet = contact_sheet(rows, out / "contact_sheet.png", num_columns=columns, scale=scale)
     result.adapter.save_pretrained(out / "adapter")
     run.write("metrics.json", {"table": result.table, "seconds": result.seconds})
     write_report(

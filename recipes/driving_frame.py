@@ -50,8 +50,8 @@ class Painter:
     """Paints the frame of a scene at a moment; one object per frame."""
 
     def __init__(self, scene: Scene, view: View, seconds: float) -> None:
-        self.scene, self.view, self.seconds = scene, view, seconds
-        self.arc = scene.travelled(seconds)
+        self.scene, self.view, self.seconds = scene, view, float(seconds)
+        self.arc = scene.travelled(self.seconds)
         self.light = LIGHTS[scene.time]
         self.canvas = Canvas(view.height, view.width)
         self.ambient = np.array(self.light.ambient)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -79,13 +80,13 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     rising = config.warmup * config.steps
     if step < rising:
         if config.schedule == "one-cycle":
-            share = 0.5 - 0.5 * torch.cos(torch.tensor(torch.pi * step / rising)).item()
+            share = 0.5 - 0.5 * math.cos(math.pi * step / rising)
             return config.lr * (0.04 + 0.96 * share)
         return config.lr * min(1.0, (step + 1) / rising)
     if config.schedule == "constant":
         return config.lr
     progress = (step - rising) / max(config.steps - rising, 1)
-    return config.lr * (0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * progress)).item())
+    return config.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 class AveragedWeights:
@@ -174,7 +175,7 @@ def fit(
     progress: bool = True,
     on_checkpoint: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """Train the parameters of an objective that require gradients; leaves averaged weights in place if asked for.
+    """Train the parameters of an objective that require gradients; leave averaged weights in place if asked for.
 
     Args:
         objective: Module whose ``forward(*batch)`` returns losses by name, ``"loss"`` being the one to minimise.
@@ -205,10 +206,9 @@ def fit(
     groups = groups or [{"params": parameters}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    average = AveragedWeights(objective, decay=config.ema_decay) if config.ema_decay else None
     model, optimizer = accelerator.prepare(objective, optimizer)
-    if average is not None:
-        average.averages = [value.to(accelerator.device) for value in average.averages]
+    # Made only now, so that the averages lie on the device that the parameters were moved to.
+    average = AveragedWeights(objective, decay=config.ema_decay) if config.ema_decay else None
     history: list[float] = []
     started = time.perf_counter()
     with _progress_bar(name, config.steps, shown=progress and accelerator.is_local_main_process) as report:
@@ -216,20 +216,19 @@ def fit(
             rate = learning_rate(config, step)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = rate * peak / config.lr
-            batch = tuple(tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
-            losses = {key: value for key, value in model(*batch).items()}
+            losses = model(*(tensor.to(accelerator.device) for tensor in next(batches)))
             accelerator.backward(losses["loss"])
             accelerator.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if average is not None:
                 average.update()
-            values = {key: value.detach().item() for key, value in losses.items()}
-            history.append(values["loss"])
-            if not torch.isfinite(torch.tensor(values["loss"])):
+            values = {key: value.item() for key, value in losses.items()}
+            if not math.isfinite(values["loss"]):
                 raise RuntimeError(
                     f"fit: the loss of {name!r} is {values['loss']} at step {step}; lower lr={config.lr}"
                 )
+            history.append(values["loss"])
             elapsed = time.perf_counter() - started
             report(values["loss"], rate, (step + 1) / elapsed)
             if run is not None and accelerator.is_main_process:

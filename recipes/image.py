@@ -53,7 +53,8 @@ class ImageConfig:
         detail_weight: Weight of the loss on differences of neighbouring pixels, which keeps edges crisp.
         label_drop: Share of labels replaced by the null label, for classifier-free guidance.
         threads: CPU threads of PyTorch; 0 leaves its choice alone.
-        train: Which parts to train.
+        train: Which parts to train. ``decoder`` goes on with the decoder alone (settings of ``autoencoder``), which
+            leaves the latents, and so a UNet trained on them, as they are.
         start_from: Model folder to go on from instead of untrained weights; ``train="unet"`` needs one.
     """
 
@@ -62,21 +63,21 @@ class ImageConfig:
     num_stills: int = 8192
     model: ImageLDMConfig = field(default_factory=ImageLDMConfig)
     autoencoder: OptimConfig = OptimConfig(
-        steps=3000, batch_size=4, lr=2.5e-3, ema_decay=0.995, checkpoint_every=500, weight_decay=0.0
+        steps=1800, batch_size=8, lr=2.5e-3, ema_decay=0.995, checkpoint_every=300, weight_decay=0.0
     )
-    unet: OptimConfig = OptimConfig(steps=4000, batch_size=32, lr=2e-3, ema_decay=0.997, checkpoint_every=500)
+    unet: OptimConfig = OptimConfig(steps=2600, batch_size=32, lr=2e-3, ema_decay=0.997, checkpoint_every=400)
     kl_weight: float = 1e-4
     detail_weight: float = 1.0
     label_drop: float = 0.1
     threads: int = 0
-    train: Literal["both", "autoencoder", "unet"] = "both"
+    train: Literal["both", "autoencoder", "decoder", "unet"] = "both"
     start_from: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.train == "unet" and self.start_from is None:
+        if self.train in ("unet", "decoder") and self.start_from is None:
             raise ValueError(
-                "ImageConfig: expected start_from, a folder with a trained autoencoder, with train='unet', got None; "
-                "train both parts or name a folder"
+                f"ImageConfig: expected start_from, a folder with a trained autoencoder, with train={self.train!r}, "
+                "got None; train both parts or name a folder"
             )
 
 
@@ -125,6 +126,7 @@ def train_autoencoder(
     detail_weight: float = 1.0,
     seed: int = 0,
     measure_scale: bool = True,
+    train_encoder: bool = True,
     accelerator: Accelerator | None = None,
     run: RunFolder | None = None,
     progress: bool = True,
@@ -140,6 +142,7 @@ def train_autoencoder(
         seed: Seed of the batches.
         measure_scale: Whether to set ``scaling_factor`` to the reciprocal standard deviation of the latents; False
             keeps the latent space of a UNet that is already trained.
+        train_encoder: False trains the decoder alone, so that the latents stay what they are.
         accelerator: Device and precision; a default one if None.
         run: Folder that gets losses and, at checkpoints, the model and reconstructions.
         progress: Whether to show a progress bar.
@@ -150,7 +153,16 @@ def train_autoencoder(
     _check_frames("train_autoencoder", ldm, frames)
     height, width = frames.shape[-2:]
     latent_shape = (ldm.latent_shape[0], height // ldm.factor, width // ldm.factor)
-    ldm.vae.train().requires_grad_(True)
+
+    def checkpoint(step: int) -> None:
+        if measure_scale:
+            measure_scaling_factor(ldm, frames)
+        _save_reconstructions(ldm, frames[:6], run, step)
+
+    ldm.vae.requires_grad_(True)
+    if not train_encoder:
+        ldm.vae.encoder.requires_grad_(False)
+        ldm.vae.quant_conv.requires_grad_(False)
     history = fit(
         AutoencoderObjective(ldm.vae, kl_weight=kl_weight, detail_weight=detail_weight),
         autoencoder_batches(frames, config, latent_shape=latent_shape, seed=seed),
@@ -159,12 +171,10 @@ def train_autoencoder(
         accelerator=accelerator,
         run=run,
         progress=progress,
-        on_checkpoint=lambda step: _save_reconstructions(ldm, frames[:6], run, step, measure_on=frames),
+        on_checkpoint=checkpoint,
     )
-    _save_reconstructions(ldm, frames[:6], run, config.steps, measure_on=frames)
-    ldm.vae.eval().requires_grad_(False)
-    if measure_scale:
-        measure_scaling_factor(ldm, frames)
+    checkpoint(config.steps)
+    ldm.vae.requires_grad_(False)
     return history
 
 
@@ -216,8 +226,8 @@ def train_image_unet(
         )
     latents = encode_stills(ldm, frames)
 
-    ldm.unet.train().requires_grad_(True)
-    ldm.conditioner.train().requires_grad_(True)
+    ldm.unet.requires_grad_(True)
+    ldm.conditioner.requires_grad_(True)
     batches = denoising_batches(
         latents,
         labels,
@@ -238,35 +248,28 @@ def train_image_unet(
         on_checkpoint=lambda step: _save_samples(ldm, run, step),
     )
     _save_samples(ldm, run, config.steps)
-    ldm.unet.eval().requires_grad_(False)
-    ldm.conditioner.eval().requires_grad_(False)
+    ldm.unet.requires_grad_(False)
+    ldm.conditioner.requires_grad_(False)
     return history
 
 
-def _save_reconstructions(
-    ldm: ImageLDM, frames: Tensor, run: RunFolder | None, step: int, *, measure_on: Tensor
-) -> None:
+def _save_reconstructions(ldm: ImageLDM, frames: Tensor, run: RunFolder | None, step: int) -> None:
     if run is None:
         return
-    ldm.vae.eval()
-    measure_scaling_factor(ldm, measure_on)
     target = as_float(frames)
     output = ldm.decode(encode_stills(ldm, frames).to(ldm.device)).cpu()
     save_grid(run.path / f"reconstructions-{step:05d}.png", torch.cat([target, output]), columns=len(frames))
     run.log(stage="autoencoder", finished=step, psnr_training_frames=psnr(output, target))
     ldm.save_pretrained(run.path / "model")
-    ldm.vae.train()
 
 
 def _save_samples(ldm: ImageLDM, run: RunFolder | None, step: int) -> None:
     if run is None:
         return
-    ldm.unet.eval()
     shown = torch.arange(24) % len(ldm.labels)
     images = sample_images(ldm, shown, generator=torch.Generator().manual_seed(7)).cpu()
     save_grid(run.path / f"samples-{step:05d}.png", images, columns=6)
     ldm.save_pretrained(run.path / "model")
-    ldm.unet.train()
 
 
 def finetune_frames(
@@ -281,7 +284,7 @@ def finetune_frames(
 ) -> None:
     """Adapt a trained image LDM to other frames, in place: the paper's brief image fine-tune (section 4.2).
 
-    The latent scale is kept, so the UNet starts from what it knows.
+    The latent scale is kept, so the UNet starts from what it knows; ``frame_size`` becomes that of the frames.
 
     Args:
         ldm: A trained model.
@@ -298,6 +301,7 @@ def finetune_frames(
         labels = torch.full((len(frames),), ldm.conditioner.null_label)
     train_autoencoder(ldm, frames, autoencoder, seed=seed, measure_scale=False, progress=progress)
     train_image_unet(ldm, frames, labels, unet, seed=seed, progress=progress)
+    ldm.frame_size = (frames.shape[2], frames.shape[3])
 
 
 def _check_frames(who: str, ldm: ImageLDM, frames: Tensor) -> None:
@@ -337,16 +341,21 @@ def run_image_stage(config: ImageConfig) -> ImageLDM:
     engine = {"seed": config.seed + 7919 * rank, "accelerator": accelerator, "run": run}
     if config.train != "unet":
         weights = {"kl_weight": config.kl_weight, "detail_weight": config.detail_weight}
-        train_autoencoder(ldm, frames, config.autoencoder, **weights, **engine)
-        factor = accelerator.reduce(torch.tensor(ldm.vae.config.scaling_factor), reduction="mean")
-        ldm.vae.register_to_config(scaling_factor=factor.item())
+        whole = config.train != "decoder"
+        train_autoencoder(
+            ldm, frames, config.autoencoder, measure_scale=whole, train_encoder=whole, **weights, **engine
+        )
+        # The processes measured it on different frames.
+        factor = torch.tensor(ldm.vae.config.scaling_factor, device=accelerator.device)
+        ldm.vae.register_to_config(scaling_factor=accelerator.reduce(factor, reduction="mean").item())
     quality = psnr(ldm.decode(ldm.encode(held_out.to(ldm.device))).cpu(), held_out)
     accelerator.print(f"held-out reconstruction {quality:.2f} dB")
     lap("autoencoder")
-    if config.train != "autoencoder":
+    if config.train in ("both", "unet"):
         train_image_unet(ldm, frames, labels, config.unet, label_drop=config.label_drop, **engine)
         lap("unet")
     if run is not None:
+        ldm.save_pretrained(run.path / "model")
         run.write("result.json", {"psnr_held_out": quality, "seconds": seconds})
     return ldm
 

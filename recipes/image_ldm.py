@@ -245,7 +245,8 @@ def make_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
-        set_alpha_to_one=True,
+        # Trailing steps ignore the offset; pipelines warn of any other value.
+        steps_offset=1,
     )
 
 

@@ -65,10 +65,13 @@ def list_videos(folder: str | Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Source:
-    """An open file: frames in display order with their time in seconds; `to_image` is called on wanted frames only."""
+    """An open file: frames in display order, each with the seconds at which it appears and goes.
+
+    Only wanted frames are turned into images.
+    """
 
     fps: float
-    frames: Iterator[tuple[float, Any]]
+    frames: Iterator[tuple[float, float, Any]]
     to_image: Callable[[Any], Image.Image]
 
 
@@ -79,10 +82,13 @@ def _stream_image(frame: av.VideoFrame) -> Image.Image:
     return Image.fromarray(np.rot90(rgb.to_ndarray(), k=frame.rotation // 90))
 
 
-def _timed(container: av.container.InputContainer, stream: av.VideoStream, fps: float) -> Iterator[tuple[float, Any]]:
+def _timed(
+    container: av.container.InputContainer, stream: av.VideoStream, fps: float
+) -> Iterator[tuple[float, float, Any]]:
     origin = float((stream.start_time or 0) * stream.time_base)
     for index, frame in enumerate(container.decode(stream)):
-        yield (index / fps if frame.time is None else frame.time - origin), frame
+        time = index / fps if frame.time is None else frame.time - origin
+        yield time, time + 1 / fps, frame
 
 
 @contextmanager
@@ -118,9 +124,10 @@ def _open_animation(path: Path, start: float) -> Iterator[_Source]:
             durations.append(image.info.get("duration", 0) / 1000)
         if min(durations) <= 0:
             raise ValueError(f"read_video: {path}: expected an animation with a duration per frame, got a still image")
-        times = [sum(durations[:index]) for index in range(count)]
-        frames = zip(times, ImageSequence.Iterator(image), strict=True)
-        yield _Source(count / sum(durations), frames, lambda frame: frame.convert("RGB"))
+        times = [sum(durations[:index]) for index in range(count + 1)]
+        # The iterator hands out one object that changes with every step, hence the copies.
+        copies = (frame.convert("RGB") for frame in ImageSequence.Iterator(image))
+        yield _Source(count / times[-1], zip(times[:-1], times[1:], copies, strict=True), lambda copy: copy)
 
 
 @contextmanager
@@ -137,24 +144,23 @@ def _open_source(path: Path, start: float) -> Iterator[_Source]:
 
 
 def _sample(source: _Source, *, start: float, fps: float | None, stride: int) -> Iterator[Image.Image]:
-    """Frames from ``start`` (seconds) on: every ``stride``-th, or the nearest to each multiple of ``1 / fps``."""
-    half = 0.5 / source.fps
+    """Frames from ``start`` (seconds) on: every ``stride``-th, or the one on screen at each multiple of ``1 / fps``."""
     if fps is None:
-        wanted = (frame for time, frame in source.frames if time > start - half)
+        wanted = (frame for time, _, frame in source.frames if time > start - 0.5 / source.fps)
         for index, frame in enumerate(wanted):
             if index % stride == 0:
                 yield source.to_image(frame)
         return
-    taken, held = 0, None
-    for time, frame in source.frames:
-        # A frame of a variable-rate file may be on screen for several sampling instants.
-        while held is not None and start + taken / fps < time - half:
+    slack = 0.1 / source.fps  # containers round times, some to hundredths of a second
+    taken, held, held_until = 0, None, 0.0
+    for time, until, frame in source.frames:
+        while held is not None and start + taken / fps < time - slack:
             yield source.to_image(held)
             taken += 1
-        if abs(start + taken / fps - time) <= half:
-            yield source.to_image(frame)
-            taken += 1
-        held = frame
+        held, held_until = frame, until
+    while held is not None and start + taken / fps < held_until - slack:
+        yield source.to_image(held)
+        taken += 1
 
 
 def _fit(image: Image.Image, size: tuple[int, int] | None) -> Float[Tensor, "3 height width"]:
@@ -208,7 +214,7 @@ def read_video(
         num_frames: frames to return; None returns all from ``start`` on.
         size: ``(height, width)``: scale (Lanczos) until both sides cover it, then cut out the centre. None keeps the
             file's size.
-        fps: resample to this rate by the frame nearest in time; at most the file's rate. None keeps the file's rate.
+        fps: resample to this rate by the frame on screen at each instant; at most the file's rate, which None keeps.
         stride: keep every ``stride``-th frame; the other way to lower the rate.
         start: first frame, in seconds from the beginning of the file.
 
@@ -345,7 +351,8 @@ def write_video(path: str | Path, frames: Float[Tensor, "3 frames height width"]
 
     ``.mp4``: H.264, yuv420p, crf 18, BT.709; odd sizes are padded to even by repeating the last row or column.
     ``.webp``: animated, lossy. ``.gif``: one palette for the clip. ``.png``: animated, lossless. No suffix: a folder of
-    numbered PNG frames (which keeps no rate). Animated images hold repeated frames once, with a longer duration.
+    numbered PNG frames (which keeps no rate). Animated images hold repeated frames once, with a longer duration; if
+    all frames are equal they are still images.
 
     Args:
         path: file or folder to write; parent folders are made.

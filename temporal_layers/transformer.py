@@ -36,9 +36,7 @@ class InputGroupNorm(nn.GroupNorm):
 
     def __init__(self, num_groups: int, dim: int, *, over: str, **factory) -> None:
         if num_groups < 1 or dim % num_groups != 0:
-            raise ValueError(
-                f"TemporalTransformerBlock: num_groups: expected a divisor of dim={dim}, got {num_groups}"
-            )
+            raise ValueError(f"TemporalTransformerBlock: num_groups: expected a divisor of dim={dim}, got {num_groups}")
         super().__init__(num_groups, dim, eps=1e-6, **factory)
         self.over = over
 

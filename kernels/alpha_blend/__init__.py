@@ -7,6 +7,7 @@ from temporal_layers.kernels.alpha_blend import reference
 from temporal_layers.kernels.checks import (
     check_alike,
     check_bool,
+    check_device,
     check_floating,
     check_num_frames,
     check_shape,
@@ -32,7 +33,7 @@ def alpha_blend(
     ``alpha`` always weighs the spatial branch: 1 is the image model. The arithmetic is fp32 (fp64 for fp64
     branches) whatever the dtype of the branches, since an alpha of 0.999 rounds to 1 in bf16. The result equals
     ``spatial`` exactly where ``alpha == 1`` and where the branches agree, for finite values (the sign of a zero
-    may change). The result takes the memory format of ``spatial``.
+    may change). The result is channels-last if ``spatial`` is, contiguous otherwise.
 
     Args:
         spatial: Output of the image layer: maps ``(batch*num_frames, channels, height, width)`` with
@@ -51,7 +52,7 @@ def alpha_blend(
             reference and ``"fused"`` raises.
 
     Returns:
-        The blend; shape, dtype and memory format of ``spatial``.
+        The blend; shape and dtype of ``spatial``.
 
     Raises:
         ValueError: a shape, dtype or device does not match, ``num_frames`` does not divide the batch, or
@@ -79,7 +80,7 @@ def alpha_residual(
     The folded form of ``alpha_blend(hidden, hidden + update, alpha)`` for a temporal branch that is a residual:
     equal in exact arithmetic, one pass over memory less, and without the rounding of ``hidden + update``. The
     result equals ``hidden`` exactly where ``update`` is zero and where ``alpha == 1``, for finite values (the
-    sign of a zero may change). The result takes the memory format of ``hidden``.
+    sign of a zero may change). The result is channels-last if ``hidden`` is, contiguous otherwise.
 
     Args:
         hidden: Input of the residual branch and output of the image layer: maps
@@ -97,7 +98,7 @@ def alpha_residual(
             reference and ``"fused"`` raises.
 
     Returns:
-        The weighted sum; shape, dtype and memory format of ``hidden``.
+        The weighted sum; shape and dtype of ``hidden``.
 
     Raises:
         ValueError: a shape, dtype or device does not match, ``num_frames`` does not divide the batch, or
@@ -134,26 +135,24 @@ def check_branches(
     check_alike(op, second_name, second, first, first_name)
     check_num_frames(op, first_name, first, num_frames)
     check_floating(op, "alpha", alpha)
-    if alpha.device != first.device:
-        raise invalid(op, "alpha", f"a tensor on {first.device}", describe_device(alpha), f"move it to {first.device}")
+    check_device(op, "alpha", alpha, first, first_name)
     channels = first.shape[channel_dim]
-    per_frame_channel = alpha.dim() == 2 and alpha.shape[0] in (1, num_frames) and alpha.shape[1] in (1, channels)
-    if alpha.dim() != 0 and not per_frame_channel:
+    # Not `in (1, num_frames)`, which torch.compile takes for false where num_frames is symbolic.
+    fits = alpha.dim() == 2 and (alpha.shape[0] == 1 or alpha.shape[0] == num_frames)
+    fits = fits and (alpha.shape[1] == 1 or alpha.shape[1] == channels)
+    if alpha.dim() != 0 and not fits:
         raise invalid(
             op, "alpha", f"shape () or (1 or {num_frames}, 1 or {channels})", f"shape {tuple(alpha.shape)}",
             "pass one weight, or one for each frame and channel",
         )  # fmt: skip
     if image_only is not None:
-        check_image_only(op, image_only, first, num_frames)
+        check_image_only(op, image_only, first_name, first, num_frames)
 
 
-def check_image_only(op: str, image_only: Tensor, first: Tensor, num_frames: int) -> None:
+def check_image_only(op: str, image_only: Tensor, first_name: str, first: Tensor, num_frames: int) -> None:
     """Checks the dtype, device and shape of ``image_only``."""
     check_bool(op, "image_only", image_only)
-    if image_only.device != first.device:
-        raise invalid(
-            op, "image_only", f"a tensor on {first.device}", describe_device(image_only), f"move it to {first.device}"
-        )
+    check_device(op, "image_only", image_only, first, first_name)
     batch_frames = first.shape[0]
     flat = image_only.dim() == 1 and image_only.shape[0] == batch_frames
     folded = image_only.dim() == 2 and image_only.shape[1] == num_frames and image_only.numel() == batch_frames
@@ -162,8 +161,3 @@ def check_image_only(op: str, image_only: Tensor, first: Tensor, num_frames: int
             op, "image_only", f"shape ({batch_frames},) or ({batch_frames // num_frames}, {num_frames})",
             f"shape {tuple(image_only.shape)}", "pass one flag for each frame of each clip",
         )  # fmt: skip
-
-
-def describe_device(tensor: Tensor) -> str:
-    """Device of a tensor in words."""
-    return f"a tensor on {tensor.device}"

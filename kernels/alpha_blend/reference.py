@@ -2,14 +2,15 @@
 
 A blend is bound by memory, and autograd's composition of it in fp32 moves and keeps fp32 copies of 16-bit branches.
 So both operators are autograd functions: they keep the branches as they came, and on a CPU they convert and
-combine block by block, in the cache. Under ``torch.compile``, on a GPU, and where the backward pass is itself
-differentiated, a block is the whole tensor and the arithmetic is ordinary differentiable PyTorch.
+combine block by block, in the cache. On a GPU, and where the backward pass is itself differentiated, a block is the
+whole tensor. ``torch.compile`` gets the plain arithmetic, which it fuses and differentiates itself.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from temporal_layers.kernels.layout import is_channels_last
 
@@ -52,36 +53,38 @@ def per_row(image_only: Tensor, x: Tensor) -> Tensor:
 
 
 def on_rows(
-    function: type[torch.autograd.Function], first: Tensor, second: Tensor, weight: Tensor, channel_dim: int
+    function: "type[Blend | WeightedResidual]", first: Tensor, second: Tensor, weight: Tensor, channel_dim: int
 ) -> Tensor:
     """Applies ``function`` to the branches as ``(rows, ., .)`` in the memory order of ``first``."""
     if channel_dim == 1 and first.dim() == 4 and is_channels_last(first):
         out = on_rows(function, first.permute(0, 2, 3, 1), second.permute(0, 2, 3, 1), weight, -1)
         return out.permute(0, 3, 1, 2)
     if channel_dim == 1:
-        out = function.apply(first.flatten(2), second.flatten(2), weight.unsqueeze(-1))
+        operands = first.flatten(2), second.flatten(2), weight.unsqueeze(-1)
     else:
-        out = function.apply(first.flatten(1, -2), second.flatten(1, -2), weight.unsqueeze(1))
-    return out.reshape(first.shape)
+        operands = first.flatten(1, -2), second.flatten(1, -2), weight.unsqueeze(1)
+    plain = torch.compiler.is_compiling()
+    out = function.combine(*operands).to(first.dtype) if plain else function.apply(*operands)
+    return out.contiguous().view(first.shape)
 
 
 class Blend(torch.autograd.Function):
     """``weight * spatial + (1 - weight) * temporal`` for 3-D branches and a broadcastable weight."""
 
     @staticmethod
-    def forward(spatial: Tensor, temporal: Tensor, weight: Tensor) -> Tensor:
-        """Combines the branches."""
-        return blockwise(lambda s, t, w: torch.lerp(t.to(w.dtype), s.to(w.dtype), w), weight, spatial, temporal)
+    def combine(spatial: Tensor, temporal: Tensor, weight: Tensor) -> Tensor:
+        """The blend in the dtype of the weight."""
+        return torch.lerp(temporal.to(weight.dtype), spatial.to(weight.dtype), weight)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keeps the weight, and the branches only where the weight is trained."""
-        spatial, temporal, weight = inputs
+    def forward(ctx: FunctionCtx, spatial: Tensor, temporal: Tensor, weight: Tensor) -> Tensor:
+        """Combines the branches; keeps them for the backward pass only where the weight is trained."""
         ctx.temporal_dtype = temporal.dtype
         ctx.save_for_backward(weight, *((spatial, temporal) if ctx.needs_input_grad[2] else ()))
+        return blockwise(Blend.combine, weight, spatial, temporal)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the branches and the weight."""
         weight, *branches = ctx.saved_tensors
         to_spatial, to_temporal, to_weight = ctx.needs_input_grad
@@ -96,19 +99,19 @@ class WeightedResidual(torch.autograd.Function):
     """``hidden + weight * update`` for 3-D operands and a broadcastable weight."""
 
     @staticmethod
-    def forward(hidden: Tensor, update: Tensor, weight: Tensor) -> Tensor:
-        """Adds the weighted update."""
-        return blockwise(lambda h, u, w: torch.addcmul(h.to(w.dtype), u.to(w.dtype), w), weight, hidden, update)
+    def combine(hidden: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+        """The sum in the dtype of the weight."""
+        return torch.addcmul(hidden.to(weight.dtype), update.to(weight.dtype), weight)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keeps the weight, and the update only where the weight is trained."""
-        _, update, weight = inputs
+    def forward(ctx: FunctionCtx, hidden: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+        """Adds the weighted update; keeps it for the backward pass only where the weight is trained."""
         ctx.update_dtype = update.dtype
         ctx.save_for_backward(weight, *((update,) if ctx.needs_input_grad[2] else ()))
+        return blockwise(WeightedResidual.combine, weight, hidden, update)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of both operands and the weight."""
         weight, *update = ctx.saved_tensors
         to_hidden, to_update, to_weight = ctx.needs_input_grad
@@ -146,9 +149,7 @@ def reduced(product: Callable[..., Tensor], weight: Tensor, *tensors: Tensor) ->
 def cut(x: Tensor) -> list[tuple[slice, slice]]:
     """Blocks of rows and lines of a 3-D tensor, each within ``BLOCK_ELEMENTS`` unless a single line is longer."""
     whole = [(slice(None), slice(None))]
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
-        return whole
-    if x.numel() <= BLOCK_ELEMENTS:
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= BLOCK_ELEMENTS:
         return whole
     rows, lines, items = x.shape
     step_lines = min(max(BLOCK_ELEMENTS // items, 1), lines)

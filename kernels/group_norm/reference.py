@@ -25,6 +25,8 @@ def group_norm(
 ) -> Tensor:
     """Group norm over the frames of a clip; see the public function for the contract."""
     batch_frames, channels, height, width = x.shape
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # PyTorch's backward pass fails on a bias alone in 16 bit
     channels_last = is_channels_last(x)
     if channels_last:
         clips = to_clips(x, num_frames)

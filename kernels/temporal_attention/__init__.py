@@ -6,6 +6,7 @@ from torch import Tensor
 from temporal_layers.kernels.checks import (
     check_alike,
     check_bool,
+    check_device,
     check_floating,
     check_num_frames,
     check_shape,
@@ -97,6 +98,7 @@ def temporal_attention(
         check_alike(op, "bias", bias, query, "query")
     if frame_mask is not None:
         check_bool(op, "frame_mask", frame_mask)
+        check_device(op, "frame_mask", frame_mask, query, "query")
         check_shape(
             op, "frame_mask", frame_mask, (batch, key_frames), "(batch, num_key_frames) =",
             "pass one flag for each key frame of each clip",

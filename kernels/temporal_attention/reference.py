@@ -49,14 +49,17 @@ def temporal_attention(
     if alive is not None:
         allowed = allowed | ~alive
 
-    step = chunk_positions(q, num_heads) * num_heads
-    outputs = []
-    for start in range(0, max(positions * num_heads, 1), step):
-        part = slice(start, start + step)
-        q_part, k_part, v_part = q[:, :, part], k[:, :, part], v[:, :, part]
-        mask = score_mask(allowed, bias, q_part.shape[2] // num_heads)
-        outputs.append(attend(q_part, k_part, v_part, mask, plain_causal, scale))
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    def attend_positions(start: int, end: int) -> Tensor:
+        part = slice(start * num_heads, end * num_heads)
+        mask = score_mask(allowed, bias, end - start)
+        return attend(q[:, :, part], k[:, :, part], v[:, :, part], mask, plain_causal, scale)
+
+    step = positions_per_launch(q, num_heads)
+    if positions <= step:
+        out = attend_positions(0, positions)
+    else:
+        starts = range(0, positions, step)
+        out = torch.cat([attend_positions(start, min(start + step, positions)) for start in starts], dim=2)
     if alive is not None:
         out = torch.where(alive.unsqueeze(-1), out, 0)
     return out.reshape(batch_frames, positions, channels)
@@ -107,12 +110,10 @@ def score_mask(allowed: Tensor | None, bias: Tensor | None, positions: int) -> T
     return torch.where(allowed[:, None], bias, -torch.inf).repeat(1, positions, 1, 1)
 
 
-def chunk_positions(q: Tensor, num_heads: int) -> int:
-    """Positions for one launch on operands ``(b, f, s*heads, dim)``."""
-    batch, num_frames, sequences, head_dim = q.shape
-    limit = MAX_SEQUENCES
+def positions_per_launch(q: Tensor, num_heads: int) -> int:
+    """Largest number of positions for one launch on operands ``(b, f, s*heads, dim)``."""
+    batch, num_frames, _, head_dim = q.shape
+    sequences = MAX_SEQUENCES
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
-        limit = min(limit, CONVERTED_ELEMENTS // max(num_frames * head_dim, 1))
-    if batch * sequences <= limit:
-        return max(sequences // num_heads, 1)
-    return max(limit // (max(batch, 1) * num_heads), 1)
+        sequences = min(sequences, CONVERTED_ELEMENTS // (num_frames * head_dim))
+    return max(sequences // max(batch * num_heads, 1), 1)

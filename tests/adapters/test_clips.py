@@ -137,9 +137,7 @@ def test_control_residuals_folded_and_as_clips(video, make_unet, fold, as_clips)
     if as_clips:
         down = [value.unflatten(0, (2, 2)).transpose(1, 2) for value in down]
         mid = mid.unflatten(0, (2, 2)).transpose(1, 2)
-    result = model(
-        clips, 7, text, down_block_additional_residuals=down, mid_block_additional_residual=mid
-    ).sample
+    result = model(clips, 7, text, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
     assert torch.equal(fold(result), expected)
     assert not torch.allclose(expected, fold(model(clips, 7, text).sample), atol=1e-3)
 
@@ -168,8 +166,9 @@ def test_all_kinds_of_conditioning_are_repeated(make_unet, fold):
     expected = model(fold(clips), 7, repeated(text), **{key: repeated(value) for key, value in conditions.items()})
     inject(model)
     assert torch.equal(fold(model(clips, 7, text, **conditions).sample), expected.sample)
-    positional = model(clips, 7, text, conditions["class_labels"], conditions["timestep_cond"], None, None,
-                       conditions["added_cond_kwargs"], encoder_attention_mask=conditions["encoder_attention_mask"])  # fmt: skip
+    mask = conditions.pop("encoder_attention_mask")
+    labels, steps, added = conditions.values()
+    positional = model(clips, 7, text, labels, steps, None, None, added, encoder_attention_mask=mask)
     assert torch.equal(fold(positional.sample), expected.sample)
 
 
@@ -195,7 +194,5 @@ def test_the_users_lists_are_not_changed(video):
     # diffusers pops from this one.
     model, _ = video
     residuals = [torch.randn(2, 8, 8, 8), torch.randn(2, 16, 4, 4)]
-    model(
-        torch.randn(2, 4, 3, 8, 8), 7, torch.randn(2, 3, 12), down_intrablock_additional_residuals=residuals
-    )
+    model(torch.randn(2, 4, 3, 8, 8), 7, torch.randn(2, 3, 12), down_intrablock_additional_residuals=residuals)
     assert len(residuals) == 2

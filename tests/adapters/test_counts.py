@@ -100,10 +100,7 @@ def test_heads_are_read_from_the_modules():
 
 @pytest.mark.parametrize(("policy", "attentions"), [("after_transformer_block", 70), ("after_attention", 11)])
 def test_sdxl_sites_depend_on_the_policy(policy, attentions):
-    kinds = [
-        site.kind
-        for site in plan(on_meta(UNet2DConditionModel, SDXL), TemporalConfig(transformer_policy=policy))
-    ]
+    kinds = [site.kind for site in plan(on_meta(UNet2DConditionModel, SDXL), TemporalConfig(transformer_policy=policy))]
     assert (kinds.count("resnet"), len(kinds) - kinds.count("resnet")) == (17, attentions)
 
 

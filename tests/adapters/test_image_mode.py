@@ -154,7 +154,9 @@ def test_every_temporal_parameter_has_a_gradient_after_one_step(make_any_unet):
     make, conditioning = make_any_unet
     model = make()
     adapter = inject(model).freeze()
-    optimizer = torch.optim.SGD([parameter for _, parameter in adapter.named_parameters() if parameter.requires_grad], 1)
+    optimizer = torch.optim.SGD(
+        [parameter for _, parameter in adapter.named_parameters() if parameter.requires_grad], 1
+    )
     clips, target, extra = torch.randn(2, 4, 3, 8, 8), torch.randn(2, 4, 3, 8, 8), conditioning(2)
     for _ in range(2):
         optimizer.zero_grad()

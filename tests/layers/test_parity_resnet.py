@@ -71,8 +71,7 @@ def test_modelscope_dropout_stands_where_theirs_does(randomised, copy_weights, r
     assert relative_error(entered["ours"][0], entered["theirs"][0].flatten(3)) <= 1e-12
 
 
-BLENDS = {
-    # merge_strategy, switched, our alpha from their mix factor
+BLENDS = {  # merge_strategy, switch_spatial_to_temporal_mix, our alpha for their mix factor of 0.375
     "learned": ("learned", False, AlphaConfig()),
     "learned_with_images": ("learned_with_images", False, AlphaConfig()),
     "fixed": ("fixed", False, AlphaConfig(init=0.375, learned=False)),
@@ -104,7 +103,7 @@ def test_svd_blend_of_the_whole_block(name, batch, frames, dtype, bound, randomi
 
     x, temb = maps_and_temb(batch, frames, dtype)
     flags = torch.zeros(batch, frames, dtype=torch.bool)
-    if strategy == "learned_with_images" and not switched:
+    if strategy == "learned_with_images" and not switched:  # reversed, theirs would make images purely temporal
         flags[-1, 0] = True
     expected = theirs(x, temb, image_only_indicator=flags)
     spatial = theirs.spatial_res_block(x, temb)

@@ -57,12 +57,12 @@ def temporal_half(model, maps, text, flags):
 
 @pytest.fixture
 def svd_pair(randomised, copy_weights):
-    """Our block and diffusers' transformer with the same temporal weights, in the wanted dtypes."""
+    """Our block and diffusers' transformer with the same temporal weights, in the wanted dtype."""
 
-    def make(dtype, our_dtype=None):
+    def make(dtype):
         theirs = TransformerSpatioTemporalModel(HEADS, DIM // HEADS, in_channels=DIM, cross_attention_dim=CONTEXT)
         theirs = randomised(theirs, dtype)
-        ours = TemporalTransformerBlock(DIM, num_heads=HEADS, context_dim=CONTEXT).to(our_dtype or dtype)
+        ours = TemporalTransformerBlock(DIM, num_heads=HEADS, context_dim=CONTEXT).to(dtype)
         copy_weights(ours, theirs, SVD_KEYS, ignored=("norm.", "proj_in.", "proj_out.", "transformer_blocks."))
         return ours, theirs
 

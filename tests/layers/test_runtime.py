@@ -39,6 +39,8 @@ BUILDS = {
     "transformer_projected": partial(transformer, position="sinusoidal", projection=True, in_norm="clip"),
 }
 every_layer = pytest.mark.parametrize("name", BUILDS)
+# While it traces an autograd function, torch makes an instance of it, which it warns about.
+traced = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 def inputs(layer, frames=4, batch=2, dtype=torch.float32):
@@ -127,8 +129,8 @@ def test_two_dtypes_without_autocast_are_an_error(name):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @every_layer
 def test_gradient_checkpointing_changes_no_gradient(name, use_reentrant, randomised):
-    layer = randomised(BUILDS[name](), torch.float32)
-    maps, extra = inputs(layer)
+    layer = randomised(BUILDS[name]())
+    maps, extra = inputs(layer, dtype=torch.float64)
     maps.requires_grad_()
     layer(maps, extra, num_frames=4).square().sum().backward()
     expected, expected_maps = gradients(layer), maps.grad.clone()
@@ -138,9 +140,10 @@ def test_gradient_checkpointing_changes_no_gradient(name, use_reentrant, randomi
         return layer(maps, extra, num_frames=4)
 
     checkpoint(run, maps, extra, use_reentrant=use_reentrant).square().sum().backward()
-    assert torch.equal(maps.grad, expected_maps)
+    # Not to the last bit: the two sum the gradients of a tensor with several uses in different orders.
+    torch.testing.assert_close(maps.grad, expected_maps, rtol=1e-12, atol=1e-12)
     for key, gradient in gradients(layer).items():
-        assert torch.equal(gradient, expected[key]), key
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-12, atol=1e-12)
 
 
 @every_layer
@@ -157,23 +160,29 @@ def test_the_first_layer_of_a_frozen_model_trains(name, randomised):
         torch.testing.assert_close(frozen_host[key], gradient, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does, not we
-@every_layer
-def test_compiles_to_one_graph_for_all_clip_lengths(name, randomised):
-    layer = randomised(BUILDS[name](), torch.float32)
+def check_one_graph(layer, backend):
+    """Compiles `layer` as one graph and requires that clips of other lengths need no second one."""
     torch.compiler.reset()
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
-
     compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
     for frames in (4, 6, 9):
         args = inputs(layer, frames=frames)
-        expected = layer(*args, num_frames=frames)
-        torch.testing.assert_close(compiled(*args, num_frames=frames), expected, rtol=1e-5, atol=1e-5)
-    assert len(graphs) == 1
+        with torch._dynamo.config.patch(error_on_recompile=frames != 4):
+            got = compiled(*args, num_frames=frames)
+        torch.testing.assert_close(got, layer(*args, num_frames=frames), rtol=1e-5, atol=1e-5)
+
+
+@traced
+@pytest.mark.parametrize("name", ["resblock_causal", "transformer"])
+def test_compiles_to_one_graph_for_all_clip_lengths(name, randomised):
+    check_one_graph(randomised(BUILDS[name](), torch.float32), "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # tracing is slow where cores are shared
+@traced
+@every_layer
+def test_compiles_to_one_graph_with_its_backward_pass(name, randomised):
+    check_one_graph(randomised(BUILDS[name](), torch.float32), "aot_eager")
 
 
 @every_layer

@@ -124,3 +124,9 @@ def test_cli_lists_its_commands(words, capsys):
 def test_cli_refuses_an_unknown_command(capsys):
     assert cli.main(["dmeo"]) == 2
     assert "unknown command 'dmeo'" in capsys.readouterr().err
+
+
+def test_cli_names_a_missing_package(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "demo", ("no_such_package.demo", ""))
+    assert cli.main(["demo"]) == 1
+    assert "expected the package 'no_such_package', got none; install" in capsys.readouterr().err

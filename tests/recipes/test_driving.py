@@ -32,7 +32,7 @@ def test_a_clip_depends_on_seed_and_index_alone():
     assert not torch.equal(first.clip(8, 3).frames, DrivingCorpus(SMALL, seed=4).clip(8, 3).frames)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(index=st.integers(0, 1 << 21), start=st.integers(0, 30), num_frames=st.integers(1, 4))
 def test_any_part_of_a_clip_equals_that_part_of_a_longer_one(index, start, num_frames):
     corpus = DrivingCorpus(SMALL)
@@ -82,21 +82,21 @@ def test_labels_are_uniform_and_agree_with_clips_and_captions():
 
 def test_nights_are_dark_and_snow_whitens_the_ground():
     corpus = DrivingCorpus(SMALL)
-    frames, labels = corpus.stills(range(160))
+    frames, labels = corpus.stills(range(72))
     names = np.array([LABELS[label] for label in labels])
     brightness = frames.mean((1, 2, 3)).numpy()
-    assert brightness[[n.startswith("night") for n in names]].max() < brightness[[n.startswith("day") for n in names]].min()
-    saturation = (frames.amax(1) - frames.amin(1))[:, 16:].mean((1, 2)).numpy()
-    assert saturation[names == "day snow"].mean() < 0.6 * saturation[names == "day clear"].mean()
+    nights, days = (np.char.startswith(names, time) for time in ("night", "day"))
+    assert brightness[nights].max() < brightness[days].min()
+    ground = frames[:, :, 16:].mean((1, 2, 3)).numpy()
+    assert ground[names == "day snow"].min() > ground[names == "day clear"].max()
 
 
 def test_stills_are_frames_of_their_clips():
     corpus = DrivingCorpus(SMALL)
-    frames, labels = corpus.stills([4, 11])
-    for still, label, index in zip(frames, labels, (4, 11), strict=True):
-        clip = corpus.clip(index, 64)
-        assert label == clip.label
-        assert (clip.frames == still[:, None]).flatten(2).all(2).all(0).any()
+    frames, labels = corpus.stills([4])
+    clip = corpus.clip(4, 64)
+    assert labels.tolist() == [clip.label]
+    assert (clip.frames == frames[0][:, None]).flatten(2).all(2).all(0).sum() == 1
 
 
 def straight(scene):
@@ -199,7 +199,13 @@ def test_traffic_keeps_its_distance_and_oncoming_cars_come_closer():
 
 def test_caption_reads_as_a_sentence():
     scene = dataclasses.replace(
-        DrivingCorpus().scene(0), time="night", weather="rain", setting="forest", speed=9.0, lead_gap=12.0, lead_colour=0
+        DrivingCorpus().scene(0),
+        time="night",
+        weather="rain",
+        setting="forest",
+        speed=9.0,
+        lead_gap=12.0,
+        lead_colour=0,
     )
     assert caption(scene) == "driving slowly through a forest behind a red car at night in the rain"
 
@@ -220,5 +226,5 @@ def test_bad_rates_indices_and_ranges_are_refused():
         corpus.clip(0, 0)
     with pytest.raises(ValueError, match="got num_frames=2 and start=-1"):
         corpus.clip(0, 2, start=-1)
-    with pytest.raises(ValueError, match="DrivingCorpus.stills: expected at least one clip index, got none"):
+    with pytest.raises(ValueError, match=r"DrivingCorpus\.stills: expected at least one clip index, got none"):
         corpus.stills([])

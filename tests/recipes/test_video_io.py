@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+
 from temporal_layers.recipes.clip_reader import ClipReader
 from temporal_layers.recipes.video_io import bunny_path, check_clip, iterate_clips, list_videos, read_video, write_video
 
@@ -42,7 +43,7 @@ def counted(tmp_path):
 def test_the_packaged_clip_is_what_its_readme_says(bunny):
     assert bunny.frames.shape == (3, 66, 54, 96)
     assert bunny.frames.dtype == torch.float32
-    assert 0 <= bunny.frames.min() and bunny.frames.max() <= 1
+    assert bunny.frames.min() >= 0 and bunny.frames.max() <= 1
     assert bunny.fps == 12.5
     readme = (bunny_path().parent / "README.md").read_text()
     assert f"{bunny_path().stat().st_size:,} bytes" in readme
@@ -80,10 +81,12 @@ def test_odd_sizes_are_padded_to_even_by_the_edge(tmp_path_factory, height, widt
 @pytest.mark.parametrize("rgb", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.8, 0.4, 0.2), (1.0, 1.0, 1.0)])
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
 def test_colours_survive(tmp_path, rgb, suffix):
-    frames = torch.tensor(rgb).view(3, 1, 1, 1).expand(3, 4, 32, 32)
+    frames = torch.tensor(rgb).view(3, 1, 1, 1).repeat(1, 4, 32, 64)
+    frames[..., 32:] = torch.linspace(0, 1, 4).view(1, 4, 1, 1)  # animated formats keep equal frames once
     again = read_video(write_video(tmp_path / f"a{suffix}", frames, 8)).frames
     tolerance = 9 if suffix == ".gif" else 3  # the dither moves a colour by up to 6 grey levels
-    assert (again - frames[:, :1]).abs().max() * 255 <= tolerance
+    assert again.shape == frames.shape
+    assert (again - frames)[..., :30].abs().max() * 255 <= tolerance
 
 
 def test_mp4_says_its_colour_matrix_and_pixel_format(tmp_path, bunny):
@@ -117,6 +120,7 @@ def test_repeated_frames_keep_their_time_in_animations(tmp_path):
     frames = counted_clip(3).repeat_interleave(torch.tensor([1, 4, 1]), dim=1)
     path = write_video(tmp_path / "a.gif", frames, 10)
     assert indices(read_video(path, fps=5).frames, 3) == [0, 1, 1]
+    assert indices(read_video(path).frames, 3) == [0, 1, 2]
 
 
 def test_stride_and_num_frames(counted):
@@ -141,24 +145,22 @@ def test_start_reaches_behind_a_key_frame(bunny):
 
 
 @pytest.mark.parametrize(
-    ("fps", "expected"), [(10, list(range(21))), (5, list(range(0, 21, 2))), (4, [0, 2, 5, 8, 10, 12, 15, 18, 20])]
+    ("fps", "expected"), [(10, list(range(21))), (5, list(range(0, 21, 2))), (4, [0, 2, 5, 7, 10, 12, 15, 17, 20])]
 )
-def test_fps_takes_the_nearest_frame(counted, fps, expected):
+def test_fps_takes_the_frame_on_screen(counted, fps, expected):
     clip = read_video(counted, fps=fps)
-    taken = indices(clip.frames, 21)
     assert clip.fps == fps
-    assert len(taken) == len(expected)
-    assert max(abs(a - b) for a, b in zip(taken, expected, strict=True)) <= (fps == 4)  # 2.5 frames: either neighbour
+    assert indices(clip.frames, 21) == expected
 
 
 @given(source=st.integers(5, 30), share=st.floats(0.05, 1))
-def test_resampling_is_never_more_than_half_a_frame_off(tmp_path_factory, source, share):
+def test_resampled_frames_were_on_screen_at_their_time(tmp_path_factory, source, share):
     fps = source * share
     path = write_video(tmp_path_factory.mktemp("rate") / "a.mp4", counted_clip(24), source)
     taken = indices(read_video(path, fps=fps).frames, 24)
     for position, index in enumerate(taken):
-        assert abs(position / fps - index / source) <= 0.5 / source + 1e-3
-    assert len(taken) == pytest.approx(23 / source * fps + 1, abs=1)
+        assert index - 0.11 <= position / fps * source <= index + 1
+    assert len(taken) == pytest.approx(24 / source * fps + 0.5, abs=0.6)
 
 
 def test_frames_held_in_a_variable_rate_file_are_repeated(tmp_path):
@@ -172,24 +174,23 @@ def test_frames_held_in_a_variable_rate_file_are_repeated(tmp_path):
             frame.pts = tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    assert indices(read_video(path, fps=1.9).frames, 3) == [0, 1]
-    taken = indices(read_video(path, fps=4).frames, 3)  # source rate 5: three frames in 0.6 s
-    assert taken == [0, 1, 2]
+    assert indices(read_video(path, fps=5).frames, 3) == [0, 1, 1, 2]
 
 
 def test_size_scales_and_cuts_the_centre(tmp_path):
     frames = torch.zeros(3, 2, 32, 96)
     frames[0, :, :, :32], frames[1, :, :, 32:64], frames[2, :, :, 64:] = 1, 1, 1  # red, green, blue: only green stays
+    frames[0, 1, :, :32] = 0.5
     path = write_video(tmp_path / "a.png", frames, 8)
     square = read_video(path, size=(16, 16)).frames
     assert square.shape == (3, 2, 16, 16)
-    assert torch.equal(square[:, :, :, 2:-2], torch.tensor([0.0, 1, 0]).view(3, 1, 1, 1).expand(3, 2, 16, 12))
+    assert (square[..., 2:-2] - torch.tensor([0.0, 1, 0]).view(3, 1, 1, 1)).abs().max() < 0.01
 
 
 def test_reducing_averages_instead_of_picking(tmp_path):
     stripes = (torch.arange(64) % 2).float().expand(3, 1, 64, 64)
     path = write_video(tmp_path / "a.png", torch.cat([stripes, 1 - stripes], dim=1), 8)
-    assert (read_video(path, size=(8, 8)).frames - 0.5).abs().max() < 0.02
+    assert (read_video(path, size=(8, 8)).frames - 0.5)[..., 1:-1].abs().max() < 0.02
 
 
 def test_rotation_of_phones_is_applied(tmp_path):
@@ -236,7 +237,7 @@ def test_list_videos(tmp_path):
         "b.mp4",
         "deep/er/c.webm",
     ]
-    with pytest.raises(ValueError, match="list_videos: expected a folder, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"list_videos: expected a folder, got .*nowhere"):
         list_videos(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: expected at least one video file, got none; known are \.avi"):
@@ -246,7 +247,7 @@ def test_list_videos(tmp_path):
 def test_iterated_clips_join_to_the_whole(bunny):
     clips = list(iterate_clips(bunny_path(), num_frames=16))
     assert torch.equal(torch.cat([clip.frames for clip in clips], dim=1), bunny.frames[:, :64])
-    with pytest.raises(ValueError, match="expected at least 40 frames at 6.25 fps, got 33"):
+    with pytest.raises(ValueError, match=r"expected at least 40 frames at 6.25 fps, got 33"):
         list(iterate_clips(bunny_path(), num_frames=40, stride=2))
 
 

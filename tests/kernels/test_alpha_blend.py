@@ -1,0 +1,200 @@
+"""Both forms of the blend against the formula in float64, and what must hold bit for bit."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from temporal_layers.kernels.alpha_blend import alpha_blend, alpha_residual, reference
+from temporal_layers.kernels.testing import (
+    assert_within_budget,
+    in_nan_surroundings,
+    random_map,
+    random_normal,
+    random_tokens,
+    with_gradients,
+)
+
+BOTH = pytest.mark.parametrize("op", [alpha_blend, alpha_residual])
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+FORMATS = ["contiguous", "channels_last", "strided"]
+
+
+@pytest.fixture(params=[1 << 18, 8], ids=["whole", "blocks"])
+def block(request, monkeypatch):
+    """Runs a test with whole tensors, and with blocks that cut rows and lines unevenly."""
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", request.param)
+
+
+def formula(op, first, second, alpha, num_frames, channel_dim):
+    """The operator's definition, in the dtype of alpha, with alpha repeated by hand."""
+    if alpha.dim() == 2:
+        rows = [alpha[row % num_frames if alpha.shape[0] > 1 else 0] for row in range(first.shape[0])]
+        shape = [1] * first.dim()
+        shape[channel_dim] = alpha.shape[1]
+        alpha = torch.stack([row.reshape(shape[1:]) for row in rows])
+    first, second = first.to(alpha.dtype), second.to(alpha.dtype)
+    return alpha * first + (1 - alpha) * second if op is alpha_blend else first + (1 - alpha) * second
+
+
+def check(op, first, second, alpha, num_frames, channel_dim):
+    """Result and every gradient within budget of float64; the yardstick is the formula in fp32, rounded."""
+    dtype = first.dtype
+    kwargs = {"num_frames": num_frames, "channel_dim": channel_dim}
+    actual = with_gradients(lambda *x: op(*x, **kwargs), first, second, alpha, dtype=dtype)
+    expected = with_gradients(
+        lambda *x: formula(op, *x, num_frames, channel_dim),
+        first.double(),
+        second.double(),
+        alpha.double(),
+        dtype=dtype,
+    )
+    plain = with_gradients(
+        lambda *x: formula(op, *x, num_frames, channel_dim).to(dtype), first, second, alpha, dtype=dtype
+    )
+    if dtype == torch.float64:
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        return
+    for what, *tensors in zip(("result", "first", "second", "alpha"), actual, expected, plain, strict=True):
+        assert_within_budget(*tensors, what=what)
+
+
+@BOTH
+@given(
+    batch=st.integers(1, 2),
+    num_frames=st.integers(1, 5),
+    channels=st.integers(1, 6),
+    size=st.tuples(st.integers(1, 4), st.integers(1, 5)),
+    per=st.tuples(st.booleans(), st.booleans()) | st.none(),
+    layouts=st.tuples(st.sampled_from(FORMATS), st.sampled_from(FORMATS)),
+    dtype=st.sampled_from(DTYPES),
+    block_elements=st.sampled_from([4, 64, 1 << 18]),
+)
+def test_maps_match_the_formula(op, batch, num_frames, channels, size, per, layouts, dtype, block_elements):
+    first, second = (
+        random_map(batch * num_frames, channels, *size, dtype=dtype, layout=layout, seed=seed)
+        for seed, layout in enumerate(layouts)
+    )
+    shape = () if per is None else (num_frames if per[0] else 1, channels if per[1] else 1)
+    alpha = random_normal(shape, 2).sigmoid().to(torch.float64 if dtype == torch.float64 else torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "BLOCK_ELEMENTS", block_elements)
+        check(op, first, second, alpha, num_frames, 1)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("shape", [(), (3, 1), (1, 5), (3, 5)])
+def test_tokens_match_the_formula(op, dtype, layout, shape, block):
+    first, second = (random_tokens(6, 7, 5, dtype=dtype, layout=layout, seed=seed) for seed in (0, 1))
+    alpha = random_normal(shape, 2).sigmoid().to(torch.float64 if dtype == torch.float64 else torch.float32)
+    check(op, first, second, alpha, 3, -1)
+
+
+@BOTH
+def test_the_gradient_of_the_gradient(op, block):
+    first, second = (random_map(4, 3, 2, 2, dtype=torch.float64, seed=seed).requires_grad_() for seed in (0, 1))
+    alpha = random_normal((2, 3), 2).requires_grad_()
+    args = (lambda *x: op(*x, num_frames=2), (first, second, alpha))
+    assert torch.autograd.gradcheck(*args) and torch.autograd.gradgradcheck(*args)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (2, 1), (1, 3), (2, 3)])
+def test_alpha_one_is_the_image_model_bit_for_bit(op, dtype, shape, block):
+    first, second = (random_map(4, 3, 5, 2, dtype=dtype, seed=seed) for seed in (0, 1))
+    assert torch.equal(op(first, 100 * second, torch.ones(shape), num_frames=2), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.37, 0.5, 0.999, 1.0])
+def test_equal_branches_and_zero_updates_change_nothing(dtype, alpha, block):
+    x = random_map(4, 3, 5, 2, dtype=dtype)
+    assert torch.equal(alpha_blend(x, x.clone(), torch.tensor(alpha)), x)
+    assert torch.equal(alpha_residual(x, torch.zeros_like(x), torch.tensor(alpha)), x)
+
+
+def test_alpha_keeps_its_precision_in_bf16():
+    spatial, temporal = torch.zeros(1, 1, 1, 1).bfloat16(), torch.full((1, 1, 1, 1), 1024.0).bfloat16()
+    assert torch.tensor(0.999).bfloat16() == 1
+    expected = torch.tensor(1024 * 0.001).bfloat16()
+    assert alpha_blend(spatial, temporal, torch.tensor(0.999)).item() == expected
+    assert alpha_residual(spatial, temporal, torch.tensor(0.999)).item() == expected
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("flat", [True, False])
+def test_image_only_rows_ignore_the_temporal_branch(op, dtype, poison, flat, block):
+    first, second = (random_map(6, 3, 5, 2, dtype=dtype, seed=seed) for seed in (0, 1))
+    image_only = torch.tensor([[True, False, True], [False, False, True]])
+    rows = image_only.flatten()
+    alpha = torch.tensor([[0.2], [0.3], [0.4]])
+    poisoned = second.clone(memory_format=torch.preserve_format)
+    poisoned[rows] = poison
+
+    leaves = [x.detach().requires_grad_() for x in (first, poisoned, alpha)]
+    result = op(*leaves, num_frames=3, image_only=rows if flat else image_only)
+    assert torch.equal(result[rows], first[rows])
+    assert torch.equal(result[~rows], op(first, second, alpha, num_frames=3)[~rows])
+
+    upstream = random_normal(tuple(result.shape), 5).to(dtype)
+    to_first, to_second, to_alpha = torch.autograd.grad(result, leaves, upstream)
+    assert torch.equal(to_first[rows], upstream[rows])
+    assert to_second[rows].count_nonzero() == 0
+    assert to_second[~rows].count_nonzero() == to_second[~rows].numel()
+    leaf = alpha.clone().requires_grad_()
+    masked = upstream.masked_fill(rows[:, None, None, None], 0)
+    (expected_to_alpha,) = torch.autograd.grad(op(first, second, leaf, num_frames=3), leaf, masked)
+    torch.testing.assert_close(to_alpha, expected_to_alpha)
+    assert to_alpha[2] == 0
+
+
+def test_folded_form_is_the_blend_of_the_sum():
+    hidden, update = (random_map(4, 3, 5, 2, dtype=torch.float64, seed=seed) for seed in (0, 1))
+    alpha = random_normal((2, 3), 2).sigmoid()
+    torch.testing.assert_close(
+        alpha_residual(hidden, update, alpha, num_frames=2),
+        alpha_blend(hidden, hidden + update, alpha, num_frames=2),
+        rtol=1e-14, atol=1e-14,
+    )  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_result_keeps_the_memory_format(op, dtype, layout, block):
+    first = random_map(4, 3, 5, 2, dtype=dtype, layout=layout)
+    second = random_map(4, 3, 5, 2, dtype=dtype, layout="contiguous", seed=1)
+    assert op(first, second, torch.tensor(0.3)).stride() == first.stride()
+
+
+@BOTH
+def test_branches_are_kept_for_the_backward_pass_only_to_train_alpha(op):
+    first, second = (random_map(2, 3, 4, 4, dtype=torch.bfloat16, seed=seed).requires_grad_() for seed in (0, 1))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        op(first, second, torch.tensor(0.3))
+        assert max(saved) == 1
+        op(first, second, torch.tensor(0.3, requires_grad=True))
+    assert max(saved) == first.numel()
+
+
+@BOTH
+def test_inputs_are_not_written(op, block):
+    first, second = (in_nan_surroundings(random_map(4, 3, 5, 2, seed=seed)) for seed in (0, 1))
+    alpha = torch.tensor(0.3)
+    copies = [x.clone() for x in (first, second, alpha)]
+    with_gradients(op, first, second, alpha, dtype=torch.float32)
+    assert all(map(torch.equal, (first, second, alpha), copies))
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
+def test_empty_maps(op, shape):
+    first, second = torch.randn(shape), torch.randn(shape)
+    result, _, _, to_alpha = with_gradients(op, first, second, torch.tensor(0.3), dtype=torch.float32)
+    assert result.shape == shape and to_alpha == 0

@@ -1,0 +1,98 @@
+"""Which implementation runs, and what is said where the one asked for cannot."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from temporal_layers.kernels import dispatch
+from temporal_layers.kernels.alpha_blend import alpha_blend, alpha_residual
+from temporal_layers.kernels.dispatch import Impl, resolve_impl
+from temporal_layers.kernels.group_norm import group_norm
+from temporal_layers.kernels.temporal_attention import temporal_attention
+from temporal_layers.kernels.temporal_conv import temporal_conv
+
+CPU = torch.empty(1)
+GPU = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))  # all that the choice looks at
+MAPS, TOKENS, SCALAR = torch.ones(2, 2, 2, 2), torch.ones(2, 2, 2), torch.tensor(0.5)
+CALLS = {
+    "alpha_blend": lambda impl: alpha_blend(MAPS, MAPS, SCALAR, impl=impl),
+    "alpha_residual": lambda impl: alpha_residual(MAPS, MAPS, SCALAR, impl=impl),
+    "group_norm": lambda impl: group_norm(MAPS, 1, impl=impl),
+    "temporal_attention": lambda impl: temporal_attention(TOKENS, TOKENS, TOKENS, num_frames=2, num_heads=1, impl=impl),
+    "temporal_conv": lambda impl: temporal_conv(MAPS, torch.ones(2, 2, 1, 1), num_frames=2, impl=impl),
+}
+every_op = pytest.mark.parametrize("op", CALLS)
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """Decides whether triton is installed."""
+    return lambda installed: monkeypatch.setattr(dispatch, "has_triton", lambda: installed)
+
+
+@every_op
+def test_auto_is_the_reference(op):
+    expected = CALLS[op](Impl.REFERENCE)
+    assert torch.equal(CALLS[op](Impl.AUTO), expected) and torch.equal(CALLS[op]("auto"), expected)
+    assert torch.equal(CALLS[op]("reference"), expected)
+
+
+@every_op
+def test_fused_raises_as_long_as_there_is_no_kernel(op):
+    with pytest.raises(ValueError) as error:
+        CALLS[op]("fused")
+    assert str(error.value) == (
+        f"{op}: impl: expected 'auto' or 'reference' (no fused kernel exists), got 'fused'; pass impl='auto' or "
+        "impl='reference'"
+    )
+
+
+@every_op
+@pytest.mark.parametrize("impl", ["triton", "AUTO", None])
+def test_unknown_name_raises(op, impl):
+    with pytest.raises(ValueError) as error:
+        CALLS[op](impl)
+    assert str(error.value) == (
+        f"{op}: impl: expected 'auto', 'fused' or 'reference', got {impl!r}; pass one of the three names"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "has_fused", "installed", "expected"),
+    [
+        (CPU, True, True, Impl.REFERENCE),
+        (GPU, False, True, Impl.REFERENCE),
+        (GPU, True, False, Impl.REFERENCE),
+        (GPU, True, True, Impl.FUSED),
+    ],
+)
+def test_auto_takes_the_kernel_only_where_it_runs(tensor, has_fused, installed, expected, triton):
+    triton(installed)
+    assert resolve_impl("op", "auto", tensor, has_fused=has_fused) is expected
+    assert resolve_impl("op", "reference", tensor, has_fused=has_fused) is Impl.REFERENCE
+
+
+def test_fused_says_what_is_missing(triton, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    triton(True)
+    assert resolve_impl("op", Impl.FUSED, GPU, has_fused=True) is Impl.FUSED
+    with pytest.raises(ValueError, match=r"^op: impl: expected tensors on a GPU for 'fused', got tensors on cpu; pass"):
+        resolve_impl("op", "fused", CPU, has_fused=True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_impl("op", "fused", CPU, has_fused=True) is Impl.FUSED
+    assert resolve_impl("op", "auto", CPU, has_fused=True) is Impl.REFERENCE
+    triton(False)
+    with pytest.raises(
+        ValueError, match=r"^op: impl: expected triton for 'fused', got an environment without it; pass"
+    ):
+        resolve_impl("op", "fused", GPU, has_fused=True)
+
+
+@pytest.mark.parametrize("spec", [None, object()])
+def test_triton_is_looked_for_without_importing_it(spec, monkeypatch):
+    asked = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: asked.append(name) or spec)
+    dispatch.has_triton.cache_clear()
+    assert dispatch.has_triton() == (spec is not None) and asked == ["triton"]
+    dispatch.has_triton.cache_clear()
