@@ -100,7 +100,13 @@ def with_gradients(
 
 
 def assert_within_budget(
-    actual: Tensor, expected: Float[Tensor, "..."], reference: Tensor, *, factor: float = 2.0, what: str = "result"
+    actual: Tensor,
+    expected: Float[Tensor, "..."],
+    reference: Tensor,
+    *,
+    magnitude: Float[Tensor, "..."] | None = None,
+    factor: float = 2.0,
+    what: str = "result",
 ) -> None:
     """Asserts that ``actual`` is as close to a float64 oracle as its dtype allows.
 
@@ -112,6 +118,8 @@ def assert_within_budget(
         actual: Result under test.
         expected: The oracle, computed in float64 from the same inputs.
         reference: Plain PyTorch's result in the dtype of ``actual``.
+        magnitude: What rounding is relative to, ``expected`` if None. For a long sum of terms that cancel, pass the
+            sum of their absolute values: one order of summation may be exact by luck.
         factor: How much worse than the reference the result may be.
         what: Name of the result, for the failure's text.
 
@@ -125,12 +133,13 @@ def assert_within_budget(
     )
     assert actual.dtype == reference.dtype, f"{what}: dtype {actual.dtype}, reference {reference.dtype}"
     expected = expected.detach().cpu()
+    magnitude = expected if magnitude is None else magnitude.detach().cpu()
     error, own_error = (x.detach().cpu().double() - expected for x in (actual, reference))
     assert bool(torch.isfinite(error).all()), f"{what}: {int((~torch.isfinite(error)).sum())} values are not finite"
     eps = torch.finfo(actual.dtype).eps
     for norm in (math.inf, 2.0):
         measured, own, scale = (
-            float(torch.linalg.vector_norm(x, norm)) if x.numel() else 0.0 for x in (error, own_error, expected)
+            float(torch.linalg.vector_norm(x, norm)) if x.numel() else 0.0 for x in (error, own_error, magnitude)
         )
         budget = factor * (own + eps * scale)
         assert measured <= budget, (

@@ -12,6 +12,7 @@ and a report.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 import sys
 import time
@@ -59,6 +60,7 @@ class DemoConfig:
         sampling_steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 turns it off.
         optim: Training of the temporal layers.
+        noise_bias: Preference of the training for high noise; see ``video_batches``.
         finetune_autoencoder: Training of the shipped autoencoder on the frames of ``videos``.
         finetune_unet: Training of the shipped image UNet on the frames of ``videos``.
     """
@@ -69,12 +71,13 @@ class DemoConfig:
     base: str | None = None
     fps: float = 8.0
     num_frames: int = 16
-    num_clips: int = 96
+    num_clips: int = 72
     spare_frames: int = 8
     samples: int = 6
     sampling_steps: int = 20
     guidance_scale: float = 1.0
-    optim: OptimConfig = DEFAULT_OPTIM
+    optim: OptimConfig = dataclasses.replace(DEFAULT_OPTIM, steps=150, lr=4e-3)
+    noise_bias: float = 1.0
     finetune_autoencoder: OptimConfig = OptimConfig(steps=150, batch_size=4, lr=5e-4, ema_decay=0.95, weight_decay=0.0)
     finetune_unet: OptimConfig = OptimConfig(steps=300, batch_size=16, lr=5e-4, ema_decay=0.98)
 
@@ -109,8 +112,9 @@ class Footage:
 def generated_footage(base: VideoBase, config: DemoConfig) -> Footage:
     """Clips of the driving corpus; those to compare with are held out from every training in this repository."""
     length = config.num_frames + config.spare_frames
-    train = driving_clips(base.frame_size, config.num_clips, length, seed=config.seed)
-    real = driving_clips(base.frame_size, 4 * config.samples, config.num_frames, first=HELD_OUT, seed=config.seed)
+    draw = functools.partial(driving_clips, base.frame_size, fps=config.fps, seed=config.seed)
+    train = draw(config.num_clips, length)
+    real = draw(4 * config.samples, config.num_frames, first=HELD_OUT)
     shown = real[: config.samples]
     return Footage(
         train=torch.stack([clip.frames for clip in train]),
@@ -255,6 +259,7 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult:
         footage.train_conditioning,
         config.optim,
         num_frames=config.num_frames,
+        noise_bias=config.noise_bias,
         seed=config.seed,
         run=run,
     )

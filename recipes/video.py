@@ -43,6 +43,8 @@ class VideoConfig:
         spare_frames: Frames rendered beyond that, from which the window is drawn.
         optim: Training of the temporal layers.
         label_drop: Share of clips trained without conditioning, for classifier-free guidance.
+        noise_bias: Preference for high noise; see ``video_batches``.
+        fps: Frames per second of the clips.
     """
 
     out: Path = Path("runs/video")
@@ -52,6 +54,8 @@ class VideoConfig:
     spare_frames: int = 8
     optim: OptimConfig = DEFAULT_OPTIM
     label_drop: float = 0.1
+    noise_bias: float = 0.0
+    fps: float = 8.0
 
 
 class VideoObjective(nn.Module):
@@ -98,6 +102,28 @@ def denoising_target(scheduler: object, latents: Tensor, noise: Tensor, timestep
     raise ValueError(f"denoising_target: expected prediction_type epsilon, v_prediction or sample, got {kind!r}")
 
 
+def clip_noise(
+    shape: Sequence[int], *, correlation: float = 0.0, generator: torch.Generator | None = None
+) -> Float[Tensor, "batch channels frames height width"]:
+    """Standard normal noise whose frames share a part: "mixed" noise (PYoCo, Ge et al. 2023, section 4).
+
+    Args:
+        shape: ``(batch, channels, frames, height, width)``.
+        correlation: Correlation between the frames of a clip, from 0 (independent, as in the Video LDM) to 1 (equal).
+        generator: Source of the noise.
+
+    Raises:
+        ValueError: If the correlation is out of range.
+    """
+    if not 0 <= correlation <= 1:
+        raise ValueError(f"clip_noise: correlation: expected a value from 0 to 1, got {correlation}")
+    own = torch.randn(*shape, generator=generator)
+    if correlation == 0:
+        return own
+    shared = torch.randn(*shape[:2], 1, *shape[3:], generator=generator)
+    return correlation**0.5 * shared + (1 - correlation) ** 0.5 * own
+
+
 def video_batches(
     latents: Float[Tensor, "clips channels frames height width"],
     conditioning: Conditioning,
@@ -107,6 +133,8 @@ def video_batches(
     num_frames: int,
     label_drop: float,
     num_timesteps: int,
+    noise_bias: float = 0.0,
+    noise_correlation: float = 0.0,
     seed: int,
 ) -> Iterator[Batch]:
     """Endless batches: a window of each drawn clip, noise, one timestep a clip, conditioning or, at times, none.
@@ -119,6 +147,10 @@ def video_batches(
         num_frames: Frames of a window.
         label_drop: Share of clips whose conditioning is dropped.
         num_timesteps: Timesteps of the noise schedule.
+        noise_bias: Preference for high noise: the density of timesteps is proportional to their ``noise_bias``-th
+            power. 0 draws them uniformly, as the paper does. What the frames of a clip have in common is decided at
+            high noise, so a short training does better with 1.
+        noise_correlation: Correlation between the noise of a clip's frames; see ``clip_noise``.
         seed: Seed of everything drawn.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -128,8 +160,9 @@ def video_batches(
         starts = torch.randint(spare + 1, (size,), generator=generator).tolist()
         windows = [slice(start, start + num_frames) for start in starts]
         clips = torch.stack([latents[row, :, window] for row, window in zip(rows, windows, strict=True)])
-        noise = torch.randn(clips.shape, generator=generator)
-        timesteps = torch.randint(num_timesteps, (size,), generator=generator)
+        noise = clip_noise(clips.shape, correlation=noise_correlation, generator=generator)
+        share = torch.rand(size, generator=generator) ** (1 / (1 + noise_bias))
+        timesteps = (share * num_timesteps).long().clamp(max=num_timesteps - 1)
         drop = torch.rand(size, generator=generator) < label_drop
         kept = [value[rows] for value in conditioning.values()]
         for name, value in zip(conditioning, kept, strict=True):
@@ -146,6 +179,8 @@ def train_video(
     num_frames: int,
     temporal: TemporalConfig | None = None,
     label_drop: float = 0.1,
+    noise_bias: float = 0.0,
+    noise_correlation: float = 0.0,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     run: RunFolder | None = None,
@@ -161,6 +196,8 @@ def train_video(
         num_frames: Frames of a training window.
         temporal: What to inject; the paper's layout if None.
         label_drop: Share of clips trained without conditioning.
+        noise_bias: Preference for high noise; see ``video_batches``.
+        noise_correlation: Correlation between the noise of a clip's frames; sample with the same.
         seed: Seed of the initial weights and the batches.
         accelerator: Device and precision; a default one if None.
         run: Folder that gets the losses.
@@ -189,6 +226,8 @@ def train_video(
         num_frames=num_frames,
         label_drop=label_drop,
         num_timesteps=base.scheduler.config.num_train_timesteps,
+        noise_bias=noise_bias,
+        noise_correlation=noise_correlation,
         seed=seed,
     )
     history = fit(
@@ -271,10 +310,10 @@ def encode_clips(
 
 
 def driving_clips(
-    size: tuple[int, int], count: int, num_frames: int, *, first: int = 0, seed: int = 0
+    size: tuple[int, int], count: int, num_frames: int, *, fps: float = 8.0, first: int = 0, seed: int = 0
 ) -> list[DrivingClip]:
     """Clips ``first`` to ``first + count - 1`` of the driving corpus at a frame size ``(height, width)``."""
-    corpus = DrivingCorpus(DrivingConfig(height=size[0], width=size[1]), seed=seed)
+    corpus = DrivingCorpus(DrivingConfig(height=size[0], width=size[1], fps=fps), seed=seed)
     return [corpus.clip(index, num_frames) for index in range(first, first + count)]
 
 
@@ -285,14 +324,15 @@ def alphas(adapter: TemporalAdapter) -> dict[str, float]:
 
 def run_video_stage(config: VideoConfig) -> TemporalAdapter:
     """Run the whole stage on the shipped image LDM and write adapter, losses and configuration to ``config.out``."""
-    run = RunFolder(config.out, config)
     accelerator = Accelerator()
+    run = RunFolder(config.out, config) if accelerator.is_main_process else None
     started = time.perf_counter()
     ldm = load_shipped()
     base = LabelBase(ldm)
     accelerator.print(f"rendering {config.num_clips} clips")
     # Training clips of the image stage are fair game here, held-out ones are not.
-    clips = driving_clips(base.frame_size, config.num_clips, config.num_frames + config.spare_frames, seed=config.seed)
+    length = config.num_frames + config.spare_frames
+    clips = driving_clips(base.frame_size, config.num_clips, length, fps=config.fps, seed=config.seed)
     latents = encode_clips(base, torch.stack([clip.frames for clip in clips]))
     conditioning = base.conditioning([clip.label for clip in clips], [clip.caption for clip in clips])
     ldm.to(accelerator.device)
@@ -303,11 +343,12 @@ def run_video_stage(config: VideoConfig) -> TemporalAdapter:
         config.optim,
         num_frames=config.num_frames,
         label_drop=config.label_drop,
+        noise_bias=config.noise_bias,
         seed=config.seed + 7919 * accelerator.process_index,
         accelerator=accelerator,
         run=run,
     )
-    if accelerator.is_main_process:
+    if run is not None:
         adapter.save_pretrained(config.out / "adapter")
         run.write("alphas.json", alphas(adapter))
         tail = history[-max(1, len(history) // 10) :]

@@ -108,8 +108,9 @@ def _open_stream(path: Path, start: float) -> Iterator[_Source]:
                 f"read_video: {path}: truncated: expected {needed} bytes, got {container.size}; copy the file again"
             )
         rate = float(stream.average_rate or stream.guessed_rate)
-        if start > 0:
-            container.seek(int(start / stream.time_base) + (stream.start_time or 0), stream=stream)
+        # A bare stream (.h264) has no times to seek by: its frames are counted from the first one.
+        if start > 0 and stream.start_time is not None:
+            container.seek(int(start / stream.time_base) + stream.start_time, stream=stream)
         yield _Source(rate, _timed(container, stream, rate), _stream_image)
 
 

@@ -55,8 +55,16 @@ def check(op, first, second, alpha, num_frames, channel_dim):
     if dtype == torch.float64:
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
         return
-    for what, *tensors in zip(("result", "first", "second", "alpha"), actual, expected, plain, strict=True):
+    for what, *tensors in zip(("result", "first", "second"), actual[:3], expected[:3], plain[:3], strict=True):
         assert_within_budget(*tensors, what=what)
+    # The gradient of alpha sums terms of either sign.
+    terms = (first.double() - second.double() if op is alpha_blend else second.double()).abs()
+    upstream = random_normal(tuple(first.shape), 99).to(dtype).double().abs()
+    leaf = alpha.double().requires_grad_()
+    magnitude = torch.autograd.grad(
+        formula(alpha_blend, terms, torch.zeros_like(terms), leaf, num_frames, channel_dim), leaf, upstream
+    )
+    assert_within_budget(actual[3], expected[3], plain[3], magnitude=magnitude[0], what="alpha")
 
 
 @BOTH

@@ -94,7 +94,9 @@ def check(query, key, value, bias, num_frames, key_frames, num_heads, scale, **m
         return
     names = ("result", "query", "key", "value", "bias")[: len(actual)]
     for what, *tensors in zip(names, actual, expected, run(permuted, inputs), strict=True):
-        assert_within_budget(*tensors, what=what)
+        # Behind the softmax gradients are differences of terms of order one; for a query with one key they vanish.
+        magnitude = tensors[1].abs().clamp(min=1) if what in ("query", "key", "bias") else None
+        assert_within_budget(*tensors, magnitude=magnitude, what=what)
 
 
 @given(

@@ -77,6 +77,17 @@ def test_budget_rejects_other_shapes_and_dtypes():
         assert_within_budget(reference, expected.float(), reference)
 
 
+def test_rounding_is_relative_to_the_terms_of_a_sum_that_cancels():
+    terms = torch.tensor([1e4, 1.0, -1e4], dtype=torch.float64)
+    expected, reference = terms.sum(), torch.tensor(1.0)
+    off = reference + 4 * torch.finfo(torch.float32).eps
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_within_budget(off, expected, reference)
+    assert_within_budget(off, expected, reference, magnitude=terms.abs().sum())
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_within_budget(reference + 0.1, expected, reference, magnitude=terms.abs().sum())
+
+
 def test_budget_holds_for_empty_tensors():
     empty = torch.empty(0, 3)
     assert_within_budget(empty, empty.double(), empty)

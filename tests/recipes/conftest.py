@@ -119,4 +119,3 @@ def unconditional():
         norm_num_groups=8,
     ).eval()
     return DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=1000))
-

@@ -15,7 +15,7 @@ def check_base(base, *, size, latent_shape):
     latents = base.encode(frames)
     assert latents.shape == (2, *latent_shape)
     decoded = base.decode(latents)
-    assert decoded.shape == frames.shape and 0 <= decoded.min() and decoded.max() <= 1
+    assert decoded.shape == frames.shape and decoded.min() >= 0 and decoded.max() <= 1
     for conditioning in (base.conditioning([0, 1], ["a day road", "a night road"]), base.no_conditioning(2)):
         assert all(len(value) == 2 for value in conditioning.values())
         with torch.no_grad():
@@ -70,7 +70,7 @@ def test_unconditional_pixel_model_needs_no_autoencoder(unconditional):
 
 def test_pipelines_without_a_known_unet_are_refused(stable_diffusion, unconditional):
     stable_diffusion.unet = None
-    with pytest.raises(ValueError, match="PipelineBase: expected a pipeline whose unet .* with NoneType; choose"):
+    with pytest.raises(ValueError, match=r"PipelineBase: expected a pipeline whose unet .* with NoneType; choose"):
         PipelineBase(stable_diffusion)
     unconditional.unet = StableDiffusionPipeline.from_pipe  # not a module either
     with pytest.raises(ValueError, match="got DDPMPipeline with"):

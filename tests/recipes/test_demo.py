@@ -103,7 +103,7 @@ def test_videos_that_cannot_be_used_end_with_a_message(tmp_path, capsys):
 
 
 def test_config_is_checked():
-    with pytest.raises(ValueError, match="DemoConfig: expected num_frames, num_clips, samples .* got 0, 96"):
+    with pytest.raises(ValueError, match=r"DemoConfig: expected num_frames, num_clips, samples .* got 0, 72"):
         DemoConfig(num_frames=0)
 
 

@@ -12,6 +12,7 @@ from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.video import (
     VideoObjective,
     alphas,
+    clip_noise,
     denoising_target,
     driving_clips,
     encode_clips,
@@ -131,6 +132,41 @@ def test_training_overfits_one_clip_and_leaves_the_image_model_alone(base):
     assert isinstance(adapter, TemporalAdapter) and adapter_of(base.unet).sites == adapter.sites
 
 
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 1.0])
+def test_clip_noise_is_standard_normal_with_the_correlation_asked_for(correlation):
+    noise = clip_noise((4, 4, 3, 64, 64), correlation=correlation, generator=torch.Generator().manual_seed(0))
+    frames = noise.transpose(1, 2).flatten(2)  # (4, 3, 16384)
+    covariance = frames @ frames.transpose(1, 2) / frames.shape[-1]
+    expected = torch.full((3, 3), correlation).fill_diagonal_(1.0)
+    torch.testing.assert_close(covariance, expected.expand(4, 3, 3), rtol=0, atol=0.05)
+
+
+def test_clip_noise_refuses_a_correlation_out_of_range():
+    with pytest.raises(ValueError, match=r"clip_noise: correlation: expected a value from 0 to 1, got 1\.5"):
+        clip_noise((1, 1, 2, 2, 2), correlation=1.5)
+
+
+def test_noise_bias_prefers_high_timesteps(base):
+    def mean(bias):
+        stream = video_batches(
+            make_latents(base),
+            {},
+            {},
+            OptimConfig(steps=1, batch_size=512, lr=1e-3),
+            num_frames=1,
+            label_drop=0.0,
+            num_timesteps=1000,
+            noise_bias=bias,
+            seed=0,
+        )
+        timesteps = torch.cat([next(stream)[2] for _ in range(8)])
+        assert timesteps.min() >= 0 and timesteps.max() <= 999
+        return timesteps.float().mean().item()
+
+    # The density t^b on [0, 1] has the mean (b + 1) / (b + 2).
+    assert abs(mean(0.0) - 500) < 15 and abs(mean(1.0) - 667) < 15
+
+
 def test_training_repeats_with_its_seed():
     def run(seed):
         base = LabelBase(build_image_ldm(TINY, ("day",), seed=0))
@@ -148,7 +184,7 @@ def test_frame_by_frame_is_the_image_model_and_the_disabled_adapter(base, guidan
     conditioning = base.conditioning([0, 1], ["", ""])
     options = {"num_inference_steps": 2, "guidance_scale": guidance_scale, "batch_size": 1}
     images = sample_clips(base, conditioning, noise, frame_by_frame=True, **options)
-    assert images.shape == (2, 3, 3, 16, 24) and 0 <= images.min() and images.max() <= 1
+    assert images.shape == (2, 3, 3, 16, 24) and images.min() >= 0 and images.max() <= 1
     single = sample_clips(base, base.conditioning([1], [""]), noise[1:, :, 2:], frame_by_frame=True, **options)
     torch.testing.assert_close(single[0, :, 0], images[1, :, 2], rtol=0, atol=1e-4)
     config = OptimConfig(steps=20, batch_size=2, lr=1e-2)

@@ -144,6 +144,19 @@ def test_start_reaches_behind_a_key_frame(bunny):
     assert torch.equal(later.frames, bunny.frames[:, 50:54])
 
 
+def test_bare_streams_without_times_are_counted(tmp_path):
+    path = tmp_path / "bare.h264"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for value in range(0, 250, 10):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), value, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    clip = read_video(path, start=0.2, fps=12.5, num_frames=3)
+    assert indices(clip.frames, 1 + 25.5) == [5, 7, 9]  # frame t has the grey level 10 t
+
+
 @pytest.mark.parametrize(
     ("fps", "expected"), [(10, list(range(21))), (5, list(range(0, 21, 2))), (4, [0, 2, 5, 7, 10, 12, 15, 17, 20])]
 )
