@@ -60,7 +60,6 @@ class DemoConfig:
         sampling_steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 turns it off.
         optim: Training of the temporal layers.
-        noise_bias: Preference of the training for high noise; see ``video_batches``.
         finetune_autoencoder: Training of the shipped autoencoder on the frames of ``videos``.
         finetune_unet: Training of the shipped image UNet on the frames of ``videos``.
     """
@@ -76,8 +75,7 @@ class DemoConfig:
     samples: int = 6
     sampling_steps: int = 20
     guidance_scale: float = 1.0
-    optim: OptimConfig = dataclasses.replace(DEFAULT_OPTIM, steps=150, lr=4e-3)
-    noise_bias: float = 1.0
+    optim: OptimConfig = dataclasses.replace(DEFAULT_OPTIM, steps=130)
     finetune_autoencoder: OptimConfig = OptimConfig(steps=150, batch_size=4, lr=5e-4, ema_decay=0.95, weight_decay=0.0)
     finetune_unet: OptimConfig = OptimConfig(steps=300, batch_size=16, lr=5e-4, ema_decay=0.98)
 
@@ -259,7 +257,6 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult:
         footage.train_conditioning,
         config.optim,
         num_frames=config.num_frames,
-        noise_bias=config.noise_bias,
         seed=config.seed,
         run=run,
     )

@@ -195,6 +195,18 @@ def _alphas_svg(alphas: Mapping[str, float]) -> str:
     return f"<figure>{svg}<figcaption>{note}</figcaption></figure>"
 
 
+def _page_html(title: str, summary: str, body: str) -> str:
+    policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+    lead = f"<p>{escape(summary)}</p>" if summary else ""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body><main><h1>{escape(title)}</h1>{lead}{body}</main></body></html>\n"
+    )
+
+
 def write_report(
     path: str | Path,
     *,
@@ -247,16 +259,7 @@ def write_report(
     body = "".join(f"<section><h2>{name}</h2>{html}</section>" for name, html in sections.items() if html)
     body += f'<div class="grid">{"".join(_settings_html(heading, rows) for heading, rows in settings if rows)}</div>'
     body += f"<section><h2>Run it again</h2><pre>{escape(command)}</pre></section>" if command else ""
-    lead = f"<p>{escape(summary)}</p>" if summary else ""
-    policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body><main><h1>{escape(title)}</h1>{lead}{body}</main></body></html>\n"
-    )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(_page_html(title, summary, body), encoding="utf-8")
     return path

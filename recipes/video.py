@@ -43,7 +43,6 @@ class VideoConfig:
         spare_frames: Frames rendered beyond that, from which the window is drawn.
         optim: Training of the temporal layers.
         label_drop: Share of clips trained without conditioning, for classifier-free guidance.
-        noise_bias: Preference for high noise; see ``video_batches``.
         fps: Frames per second of the clips.
     """
 
@@ -54,7 +53,6 @@ class VideoConfig:
     spare_frames: int = 8
     optim: OptimConfig = DEFAULT_OPTIM
     label_drop: float = 0.1
-    noise_bias: float = 0.0
     fps: float = 8.0
 
 
@@ -133,7 +131,6 @@ def video_batches(
     num_frames: int,
     label_drop: float,
     num_timesteps: int,
-    noise_bias: float = 0.0,
     noise_correlation: float = 0.0,
     seed: int,
 ) -> Iterator[Batch]:
@@ -147,9 +144,6 @@ def video_batches(
         num_frames: Frames of a window.
         label_drop: Share of clips whose conditioning is dropped.
         num_timesteps: Timesteps of the noise schedule.
-        noise_bias: Preference for high noise: the density of timesteps is proportional to their ``noise_bias``-th
-            power. 0 draws them uniformly, as the paper does. What the frames of a clip have in common is decided at
-            high noise, so a short training does better with 1.
         noise_correlation: Correlation between the noise of a clip's frames; see ``clip_noise``.
         seed: Seed of everything drawn.
     """
@@ -161,8 +155,7 @@ def video_batches(
         windows = [slice(start, start + num_frames) for start in starts]
         clips = torch.stack([latents[row, :, window] for row, window in zip(rows, windows, strict=True)])
         noise = clip_noise(clips.shape, correlation=noise_correlation, generator=generator)
-        share = torch.rand(size, generator=generator) ** (1 / (1 + noise_bias))
-        timesteps = (share * num_timesteps).long().clamp(max=num_timesteps - 1)
+        timesteps = torch.randint(num_timesteps, (size,), generator=generator)
         drop = torch.rand(size, generator=generator) < label_drop
         kept = [value[rows] for value in conditioning.values()]
         for name, value in zip(conditioning, kept, strict=True):
@@ -179,7 +172,6 @@ def train_video(
     num_frames: int,
     temporal: TemporalConfig | None = None,
     label_drop: float = 0.1,
-    noise_bias: float = 0.0,
     noise_correlation: float = 0.0,
     seed: int = 0,
     accelerator: Accelerator | None = None,
@@ -196,7 +188,6 @@ def train_video(
         num_frames: Frames of a training window.
         temporal: What to inject; the paper's layout if None.
         label_drop: Share of clips trained without conditioning.
-        noise_bias: Preference for high noise; see ``video_batches``.
         noise_correlation: Correlation between the noise of a clip's frames; sample with the same.
         seed: Seed of the initial weights and the batches.
         accelerator: Device and precision; a default one if None.
@@ -226,7 +217,6 @@ def train_video(
         num_frames=num_frames,
         label_drop=label_drop,
         num_timesteps=base.scheduler.config.num_train_timesteps,
-        noise_bias=noise_bias,
         noise_correlation=noise_correlation,
         seed=seed,
     )
@@ -343,7 +333,6 @@ def run_video_stage(config: VideoConfig) -> TemporalAdapter:
         config.optim,
         num_frames=config.num_frames,
         label_drop=config.label_drop,
-        noise_bias=config.noise_bias,
         seed=config.seed + 7919 * accelerator.process_index,
         accelerator=accelerator,
         run=run,

@@ -33,6 +33,8 @@ def temporal_attention(
     scale: float | None,
 ) -> Tensor:
     """Attention over frames; see the public function for the contract."""
+    if query.numel() == 0:
+        return query.clone()  # PyTorch 2.11's attention on a CPU divides by the number of heads, here positions*heads
     batch_frames, positions, channels = query.shape
     batch, head_dim = batch_frames // num_frames, channels // num_heads
     key_frames = num_frames if num_key_frames is None else num_key_frames
@@ -116,4 +118,4 @@ def positions_per_launch(q: Tensor, num_heads: int) -> int:
     sequences = MAX_SEQUENCES
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
         sequences = min(sequences, CONVERTED_ELEMENTS // (num_frames * head_dim))
-    return max(sequences // max(batch * num_heads, 1), 1)
+    return max(sequences // (batch * num_heads), 1)

@@ -76,13 +76,15 @@ def test_frame_difference_is_the_mean_step():
 def test_uniform_motion_is_predicted(dx, dy):
     clips = sliding(lambda t: (t * dx, t * dy))
     if math.hypot(dx, dy) > 0.05:
-        assert motion_agreement(clips) > 0.7  # the rest is what comes in over the edges
+        assert motion_agreement(clips) > 0.7
 
 
-@pytest.mark.parametrize("velocity", [(1.0, 0.0), (0.0, -1.5), (2.5, 1.0)])
-def test_away_from_the_edges_the_motion_is_exact(velocity):
+@pytest.mark.parametrize(
+    ("velocity", "least"), [((1.0, 0.0), 0.95), ((0.0, -1.5), 0.95), ((2.5, 1.0), 0.9), ((5.5, -4.0), 0.85)]
+)
+def test_only_what_comes_in_over_the_edges_is_missed(velocity, least):
     wide = sliding(lambda t: (t * velocity[0], t * velocity[1]), num_frames=3, height=64, width=96)
-    assert motion_agreement(wide) > 0.9
+    assert motion_agreement(wide) > least
 
 
 def test_motion_that_turns_back_is_mispredicted():

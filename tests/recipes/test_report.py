@@ -154,6 +154,7 @@ def test_the_loss_curve_shows_the_losses(tmp_path):
     assert len(raw) == 100
     assert raw[0][1] == pytest.approx(labels["1"], abs=0.1)
     assert raw[-1][1] == pytest.approx(labels["0.5"], abs=0.1)
+    assert raw[0][0] - 48 == pytest.approx(470 - raw[-1][0], abs=0.11)  # half a step from either end of the axis
     steps = torch.tensor(raw).diff(dim=0)
     assert (steps > 0).all() and (steps - steps.mean(0)).abs().max() < 0.11  # a straight line, falling to the right
     # The moving average of a line is the line.

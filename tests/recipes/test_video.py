@@ -146,27 +146,6 @@ def test_clip_noise_refuses_a_correlation_out_of_range():
         clip_noise((1, 1, 2, 2, 2), correlation=1.5)
 
 
-def test_noise_bias_prefers_high_timesteps(base):
-    def mean(bias):
-        stream = video_batches(
-            make_latents(base),
-            {},
-            {},
-            OptimConfig(steps=1, batch_size=512, lr=1e-3),
-            num_frames=1,
-            label_drop=0.0,
-            num_timesteps=1000,
-            noise_bias=bias,
-            seed=0,
-        )
-        timesteps = torch.cat([next(stream)[2] for _ in range(8)])
-        assert timesteps.min() >= 0 and timesteps.max() <= 999
-        return timesteps.float().mean().item()
-
-    # The density t^b on [0, 1] has the mean (b + 1) / (b + 2).
-    assert abs(mean(0.0) - 500) < 15 and abs(mean(1.0) - 667) < 15
-
-
 def test_training_repeats_with_its_seed():
     def run(seed):
         base = LabelBase(build_image_ldm(TINY, ("day",), seed=0))

@@ -29,6 +29,19 @@ def indices(frames, num_frames):
     return (frames.mean((0, 2, 3)) * (num_frames - 1)).round().int().tolist()
 
 
+def write_stream(path, frames, rate, ticks=None):
+    """Write by FFmpeg into any container, frame t at ``ticks[t] / rate`` seconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[2:], "yuv420p"
+        for index, image in enumerate((frames * 255).round().byte().permute(1, 2, 3, 0).numpy()):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts = index if ticks is None else ticks[index]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
 @pytest.fixture(scope="module")
 def bunny():
     return read_video(bunny_path())
@@ -144,17 +157,15 @@ def test_start_reaches_behind_a_key_frame(bunny):
     assert torch.equal(later.frames, bunny.frames[:, 50:54])
 
 
+def test_times_that_the_container_rounded_do_not_shift_frames(tmp_path):
+    # Matroska counts whole milliseconds: frame 2 of 30 a second comes at 67 ms, not at 66.7.
+    clip = read_video(write_stream(tmp_path / "rounded.mkv", counted_clip(25), rate=30), fps=15)
+    assert indices(clip.frames, 25) == list(range(0, 25, 2))
+
+
 def test_bare_streams_without_times_are_counted(tmp_path):
-    path = tmp_path / "bare.h264"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for value in range(0, 250, 10):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), value, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    clip = read_video(path, start=0.2, fps=12.5, num_frames=3)
-    assert indices(clip.frames, 1 + 25.5) == [5, 7, 9]  # frame t has the grey level 10 t
+    path = write_stream(tmp_path / "bare.h264", counted_clip(25), rate=25)
+    assert indices(read_video(path, start=0.2, fps=12.5, num_frames=3).frames, 25) == [5, 7, 9]
 
 
 @pytest.mark.parametrize(
@@ -177,16 +188,7 @@ def test_resampled_frames_were_on_screen_at_their_time(tmp_path_factory, source,
 
 
 def test_frames_held_in_a_variable_rate_file_are_repeated(tmp_path):
-    path = tmp_path / "a.mkv"
-    images = [np.full((32, 32, 3), value, np.uint8) for value in (0, 127, 255)]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        for image, tick in zip(images, (0, 1, 6), strict=True):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts = tick
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    path = write_stream(tmp_path / "a.mkv", counted_clip(3), rate=10, ticks=[0, 1, 6])
     assert indices(read_video(path, fps=5).frames, 3) == [0, 1, 1, 2]
 
 
