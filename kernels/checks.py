@@ -61,17 +61,17 @@ def check_floating(op: str, argument: str, x: Tensor) -> None:
         raise invalid(op, argument, "a floating-point tensor", describe(x), "convert it with .to(dtype)")
 
 
-def check_num_frames(op: str, argument: str, x: Tensor, num_frames: int, *, name: str = "num_frames") -> None:
+def check_num_frames(op: str, argument: str, x: Tensor, num_frames: int) -> None:
     """Requires ``num_frames >= 1`` and a batch that is a whole number of clips.
 
     Raises:
         ValueError: ``num_frames`` is below 1 or does not divide ``x.shape[0]``.
     """
     if num_frames < 1:
-        raise invalid(op, name, "at least 1", f"{num_frames}", "pass the number of frames of a clip")
+        raise invalid(op, "num_frames", "at least 1", f"{num_frames}", "pass the number of frames of a clip")
     if x.shape[0] % num_frames != 0:
         raise invalid(
-            op, argument, f"a batch divisible by {name}={num_frames}", f"batch {x.shape[0]}",
+            op, argument, f"a batch divisible by num_frames={num_frames}", f"batch {x.shape[0]}",
             "pass the number of frames that was folded into the batch",
         )  # fmt: skip
 

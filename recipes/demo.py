@@ -310,8 +310,8 @@ def _write(result: DemoResult, config: DemoConfig, run: RunFolder, footage: Foot
         table={name: {key: "-" if v is None else v for key, v in row.items()} for name, row in result.table.items()},
         table_note=(
             "Frame difference: mean absolute change from frame to frame. Motion agreement: how well the motion between "
-            "two frames predicts the next; 0 for frozen or flickering clips. Frechet distance: between features of "
-            "clips and of real clips, lower is better; a small one of this library, not FVD."
+            "two frames predicts the next; 0 for frozen clips, about 0 or below for flickering ones. Frechet distance: "
+            "between features of clips and of real clips, lower is better; a small one of this library, not FVD."
         ),
         losses=result.losses,
         alphas=alphas(result.adapter),

@@ -48,8 +48,8 @@ def group_norm(
         ValueError: a shape, dtype or device does not match, ``num_groups`` does not divide the channels,
             ``num_frames`` does not divide the batch, the activation is unknown, or ``impl`` cannot run.
 
-    Source: Wu and He, Group Normalization (2018), equations 1 and 7; over frames as in the 3-D layers of Align
-    your Latents, appendix D.
+    Source: Wu and He, Group Normalization (2018), section 3.1; over frames as in the residual blocks of 3-D
+    convolutions of Align your Latents, section 3.1.
     """
     op = "group_norm"
     check_map(op, "x", x)

@@ -44,7 +44,8 @@ def temporal_conv(
         ValueError: a shape, dtype or device does not match, the kernel is even, ``num_frames`` does not divide the
             batch, or ``impl`` cannot run.
 
-    Source: Align your Latents, section 3.1 (temporal layers as 3-D convolutions with a kernel over time).
+    Source: Align your Latents, section 3.1 (residual blocks of 3-D convolutions); kernels of (3, 1, 1) as in Stable
+    Video Diffusion (2023).
     """
     op = "temporal_conv"
     check_map(op, "x", x)

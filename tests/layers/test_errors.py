@@ -260,7 +260,9 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("act", "text"), CONFIGS + CONSTRUCTORS + CALLS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("act", "text"), CONFIGS + CONSTRUCTORS + CALLS, ids=lambda value: value[:60] if isinstance(value, str) else ""
+)
 def test_the_error_says_what_to_do(act, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         act()

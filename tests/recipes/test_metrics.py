@@ -22,9 +22,9 @@ from temporal_layers.recipes.video_io import bunny_path, read_video
 
 
 def texture(x, y):
-    """Smooth texture with two-dimensional structure everywhere, values within [0, 1]."""
-    waves = torch.sin(0.31 * x + 0.17 * y) + torch.sin(0.13 * x - 0.29 * y + 1) + torch.sin(0.07 * x + 0.11 * y + 2)
-    return 0.5 + waves / 8
+    """Waves 7 to 50 pixels long in many directions, values within [0, 1]."""
+    wave_vectors = ((0.8, 0.35), (-0.4, 0.75), (0.2, 0.1), (0.08, -0.17), (0.05, 0.12))
+    return 0.5 + sum(torch.sin(kx * x + ky * y + kx) for kx, ky in wave_vectors) / 12
 
 
 def sliding(velocity, num_frames=5, height=48, width=64):
@@ -80,7 +80,8 @@ def test_uniform_motion_is_predicted(dx, dy):
 
 
 @pytest.mark.parametrize(
-    ("velocity", "least"), [((1.0, 0.0), 0.95), ((0.0, -1.5), 0.95), ((2.5, 1.0), 0.9), ((5.5, -4.0), 0.85)]
+    ("velocity", "least"),
+    [((1.0, 0.0), 0.9), ((0.0, -1.5), 0.85), ((2.5, 1.0), 0.85), ((5.5, -4.0), 0.8), ((8.0, -6.0), 0.8)],
 )
 def test_only_what_comes_in_over_the_edges_is_missed(velocity, least):
     wide = sliding(lambda t: (t * velocity[0], t * velocity[1]), num_frames=3, height=64, width=96)
@@ -88,8 +89,8 @@ def test_only_what_comes_in_over_the_edges_is_missed(velocity, least):
 
 
 def test_motion_that_turns_back_is_mispredicted():
-    there_and_back = sliding(lambda t: (1.5 * (t % 2), 0))
-    # The prediction goes on by 1.5 where the frame goes back by 1.5: about twice the error of standing still.
+    there_and_back = sliding(lambda t: (0.8 * (t % 2), 0))
+    # The prediction goes on by 0.8 where the frame goes back by 0.8: about twice the error of standing still.
     assert motion_agreement(there_and_back) == pytest.approx(-1, abs=0.2)
 
 
@@ -191,9 +192,7 @@ def test_clip_frechet_orders_spoiled_clips(driving):
     assert clip_frechet(shown, shown) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("metric", "least"), [(frame_difference, 2), (motion_agreement, 3), (clip_features, 8)], ids=lambda v: str(v)
-)
+@pytest.mark.parametrize(("metric", "least"), [(frame_difference, 2), (motion_agreement, 3), (clip_features, 8)])
 def test_bad_clips_are_refused(metric, least):
     name = metric.__name__
     good = torch.rand(1, 3, least, 16, 16)

@@ -161,6 +161,8 @@ def test_times_that_the_container_rounded_do_not_shift_frames(tmp_path):
     # Matroska counts whole milliseconds: frame 2 of 30 a second comes at 67 ms, not at 66.7.
     clip = read_video(write_stream(tmp_path / "rounded.mkv", counted_clip(25), rate=30), fps=15)
     assert indices(clip.frames, 25) == list(range(0, 25, 2))
+    clip = read_video(write_stream(tmp_path / "three.mkv", counted_clip(3), rate=30), fps=30)
+    assert indices(clip.frames, 3) == [0, 1, 2]
 
 
 def test_bare_streams_without_times_are_counted(tmp_path):
