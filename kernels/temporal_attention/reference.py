@@ -45,7 +45,8 @@ def temporal_attention(
     q, k, v = fold_heads(query, num_frames), fold_heads(key, key_frames), fold_heads(value, key_frames)
     plain_causal = causal and window is None and bias is None and frame_mask is None and num_key_frames is None
     allowed = None if plain_causal else allowed_pairs(query, num_frames, key_frames, frame_mask, causal, window)
-    # A frame always reaches itself, so only absent keys can leave a query without any.
+    # A frame always reaches itself, so only absent keys can leave a query without any. PyTorch's attention kernels
+    # differ in what they return then: such a query attends to everything, and its result is overwritten.
     some_dead = allowed is not None and (frame_mask is not None or num_key_frames is not None)
     alive = allowed.any(-1, keepdim=True) if some_dead else None
     if alive is not None:

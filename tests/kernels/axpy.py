@@ -49,6 +49,14 @@ def text_of_error(function, *args):
     raise AssertionError("no ValueError")
 
 
+def active_driver():
+    """Triton's driver, None where there is no GPU."""
+    try:
+        return triton.runtime.driver.active
+    except RuntimeError:
+        return None
+
+
 def interpret():
     """Runs the kernel on sizes with and without a ragged last block."""
     errors = []
@@ -77,11 +85,13 @@ def compile_ahead():
             "name": kernel.name, "target": kernel.target, "registers": kernel.registers, "spills": kernel.spills,
             "shared_bytes": kernel.shared_bytes, "magic": binary[:4].hex(), "machine_code": kernel.machine_code,
         }  # fmt: skip
+    before = active_driver()
     with compile_only("sm_80") as spilling:
         tile = torch.empty(128, 128, device="meta")
         launch(spilling_kernel, (1,), tile, tile, BLOCK=128, num_warps=4)
     return {
         "kernels": kernels,
+        "restored": active_driver() is before,
         "spills": spilling[0].spills,
         "shared_bytes": spilling[0].shared_bytes,
         "can_launch": [inside, can_launch(meta)],

@@ -77,7 +77,7 @@ def test_cost_of_a_bad_kernel_shows(compiled):
 
 
 def test_compilation_ends_with_its_block(compiled):
-    assert compiled["can_launch"] == [True, False]
+    assert compiled["can_launch"] == [True, False] and compiled["restored"]
 
 
 def test_errors(compiled):

@@ -130,6 +130,30 @@ def test_matches_the_loops(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale": 1.3},
+        {"bias": True},
+        {"causal": True},
+        {"window": 1},
+        {"frame_mask": torch.tensor([[True, True, False, True, True], [False, True, True, True, False]])},
+        {"bias": True, "causal": True, "window": 2},
+    ],
+)
+@pytest.mark.parametrize("num_frames", [3, 5])
+def test_each_option_alone(dtype, options, num_frames):
+    options = {"scale": None, "bias": None} | FULL | options
+    query, key, value = (
+        random_tokens(2 * frames, 3, 12, dtype=dtype, seed=seed) for seed, frames in enumerate((num_frames, 5, 5))
+    )
+    if options["bias"] is not None:
+        options["bias"] = random_normal((2, num_frames, 5), 3).to(dtype)
+    check(query, key, value, num_frames=num_frames, key_frames=5, num_heads=2, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_operands_packed_in_one_tensor(dtype):
     packed = random_tokens(8, 5, 3 * 12, dtype=dtype)
@@ -200,6 +224,22 @@ def test_a_query_without_keys_returns_zero_and_sends_no_gradient(dtype):
     assert out[3:].count_nonzero() == 0 and out[:3].count_nonzero() == out[:3].numel()
     for gradient in torch.autograd.grad(out, inputs, torch.ones_like(out)):
         assert gradient.isfinite().all() and gradient[3:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("options", [{"frame_mask": torch.zeros(2, 2, dtype=torch.bool)}, {"causal": True}])
+def test_no_kernel_sees_a_query_without_keys(options, with_bias, monkeypatch):
+    masks, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *a, attn_mask, **k: masks.append(attn_mask) or sdpa(*a, attn_mask, **k),
+    )
+    query, key = random_tokens(6, 2, 4), random_tokens(4, 2, 4, seed=1)
+    bias = torch.zeros(2, 3, 2) if with_bias else None
+    temporal_attention(query, key, key, num_frames=3, num_key_frames=2, num_heads=2, bias=bias, **options)
+    [mask] = masks
+    assert (mask if mask.dtype == torch.bool else mask > -torch.inf).any(-1).all()
 
 
 @pytest.mark.parametrize(
