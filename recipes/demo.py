@@ -75,7 +75,7 @@ class DemoConfig:
     samples: int = 6
     sampling_steps: int = 20
     guidance_scale: float = 1.0
-    optim: OptimConfig = dataclasses.replace(DEFAULT_OPTIM, steps=100)
+    optim: OptimConfig = dataclasses.replace(DEFAULT_OPTIM, steps=160)
     finetune_autoencoder: OptimConfig = OptimConfig(steps=150, batch_size=4, lr=5e-4, ema_decay=0.95, weight_decay=0.0)
     finetune_unet: OptimConfig = OptimConfig(steps=300, batch_size=16, lr=5e-4, ema_decay=0.98)
 
