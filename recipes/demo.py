@@ -178,14 +178,13 @@ def compare(before: Tensor, after: Tensor, real: Tensor, seed: int) -> dict[str,
     """
     count = len(after)
     shown, reference = (real[:count], real[count:]) if len(real) >= 2 * count else (real, real)
-    order = torch.stack([torch.randperm(real.shape[2], generator=torch.Generator().manual_seed(seed))] * len(shown))
-    shuffled = torch.stack([clip[:, row] for clip, row in zip(shown, order, strict=True)])
+    order = torch.randperm(real.shape[2], generator=torch.Generator().manual_seed(seed))
     rows = {
         "real": shown,
         "before: frame by frame": before,
         "after: temporal layers": after,
         "real, frozen": shown[:, :, :1].expand_as(shown),
-        "real, shuffled": shuffled,
+        "real, shuffled": shown[:, :, order],
     }
     return {name: measure(clips, reference) for name, clips in rows.items()}
 
