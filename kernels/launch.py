@@ -35,6 +35,7 @@ class Compiled:
     Attributes:
         name: Name of the kernel.
         target: GPU it is compiled for, as given to :func:`compile_only`.
+        num_warps: Warps (wavefronts on AMD) of one program.
         shared_bytes: Shared memory of one program, in bytes.
         asm: Code at each stage of the compilation by its name: text such as ``ptx`` and ``amdgcn``, binaries
             such as ``cubin`` and ``hsaco``.
@@ -42,6 +43,7 @@ class Compiled:
 
     name: str
     target: str
+    num_warps: int
     shared_bytes: int
     asm: dict[str, str | bytes]
 
@@ -66,6 +68,24 @@ class Compiled:
         if "cubin" in self.asm:
             return len(re.findall(r"\b(?:LDL|STL)\b", self.machine_code))
         return sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", self.machine_code))
+
+    @cached_property
+    def loads(self) -> list[str]:
+        """Every instruction that loads from global memory, without its operands.
+
+        Scalar loads of a kernel's arguments on AMD, and bulk copies by descriptor on NVIDIA, are not among them.
+        """
+        return re.findall(r"\b(?:LDG(?:STS)?\.[\w.]+|(?:global|buffer|flat)_load_\w+)", self.machine_code)
+
+    @cached_property
+    def vector_loads(self) -> int:
+        """Those of :attr:`loads` that move 128 bits for each thread, the most a GPU has an instruction for."""
+        return sum(".128" in load or load.endswith(("_dwordx4", "_b128")) for load in self.loads)
+
+    @cached_property
+    def tensor_core_ops(self) -> int:
+        """Matrix instructions: HMMA and its kin (HGMMA: a warp group's) on NVIDIA, MFMA on AMD."""
+        return len(re.findall(r"\b(?:[BDHIOQ]G?MMA\.|v_s?mfmac?_)", self.machine_code))
 
 
 @dataclass(frozen=True)
@@ -96,8 +116,9 @@ def launch(kernel: "JITFunction", grid: tuple[int, ...], *args: Any, **options: 
     compilation = _compilation.get()
     if compilation is not None:
         compiled = kernel.warmup(*args, grid=grid, **options)
+        name, metadata = kernel.fn.__name__, compiled.metadata
         compilation.kernels.append(
-            Compiled(kernel.fn.__name__, compilation.target, compiled.metadata.shared, dict(compiled.asm))
+            Compiled(name, compilation.target, metadata.num_warps, metadata.shared, dict(compiled.asm))
         )
         return
     if is_interpreted():

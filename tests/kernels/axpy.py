@@ -27,6 +27,19 @@ def axpy_kernel(x_ptr, y_ptr, out_ptr, scale, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def matmul_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    tile = tl.load(x_ptr + rows[:, None] * BLOCK + rows[None, :])
+    tl.store(out_ptr + rows[:, None] * BLOCK + rows[None, :], tl.dot(tile, tile))
+
+
+@triton.jit
+def strided_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    tl.store(out_ptr + rows, tl.load(x_ptr + rows * stride))
+
+
+@triton.jit
 def spilling_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     rows = tl.arange(0, BLOCK)
     tile = tl.load(x_ptr + rows[:, None] * BLOCK + rows[None, :])
@@ -71,6 +84,25 @@ def interpret():
     }
 
 
+def counts(kernel):
+    """What is counted in the machine code."""
+    return {
+        "num_warps": kernel.num_warps,
+        "loads": len(kernel.loads),
+        "vector_loads": kernel.vector_loads,
+        "tensor_core_ops": kernel.tensor_core_ops,
+    }
+
+
+def compile_others(target):
+    """Compiles a kernel for the tensor cores and one whose loads cannot be joined; returns their counts."""
+    half, wide = torch.empty(64, 64, device="meta", dtype=torch.float16), torch.empty(1, 64, device="meta")
+    with compile_only(target) as compiled:
+        launch(matmul_kernel, (1,), half, wide, BLOCK=64, num_warps=4)
+        launch(strided_kernel, (1,), wide, wide, 3, BLOCK=512, num_warps=8)
+    return [counts(kernel) for kernel in compiled]
+
+
 def compile_ahead():
     """Compiles the kernel for each target and reads its cost off the machine code."""
     kernels, meta = {}, torch.empty(1024, device="meta")
@@ -84,6 +116,7 @@ def compile_ahead():
         kernels[target] = {
             "name": kernel.name, "target": kernel.target, "registers": kernel.registers, "spills": kernel.spills,
             "shared_bytes": kernel.shared_bytes, "magic": binary[:4].hex(), "machine_code": kernel.machine_code,
+            "counts": counts(kernel), "others": compile_others(target),
         }  # fmt: skip
     before = active_driver()
     with compile_only("sm_80") as spilling:

@@ -72,6 +72,19 @@ def test_each_target_gets_its_own_machine_code(compiled):
     assert ".vgpr_spill_count" in code["gfx942"]  # which the count of spills reads
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_instructions_are_counted(compiled, target):
+    kernel = compiled["kernels"][target]
+    threads = 4 * (64 if target.startswith("gfx") else 32)
+    loads = 2 * 1024 // threads // 4  # two inputs of 1024 floats, of which a load of 128 bits takes four
+    assert kernel["counts"] == {
+        "num_warps": 4, "loads": loads, "vector_loads": loads, "tensor_core_ops": 0,
+    }  # fmt: skip
+    matmul, strided = kernel["others"]
+    assert matmul["tensor_core_ops"] > 0 and matmul["vector_loads"] == matmul["loads"] > 0
+    assert strided["num_warps"] == 8 and strided["loads"] > 0 and strided["vector_loads"] == 0
+
+
 def test_cost_of_a_bad_kernel_shows(compiled):
     assert compiled["spills"] > 0 and compiled["shared_bytes"] >= 16 * 1024
 
