@@ -8,6 +8,7 @@ from torch import Tensor
 from temporal_layers.kernels.checks import check_alike, check_map, check_num_frames, check_shape, invalid
 from temporal_layers.kernels.dispatch import Impl, resolve_impl
 from temporal_layers.kernels.group_norm import reference
+from temporal_layers.kernels.layout import is_channels_last
 
 __all__ = ["group_norm"]
 
@@ -38,8 +39,8 @@ def group_norm(
         num_frames: Frames that share statistics; divides the batch.
         eps: Added to the variance.
         activation: ``"silu"``, applied to the normalised map, or None.
-        impl: ``"auto"``, ``"fused"`` or ``"reference"``. There is no fused kernel yet: ``"auto"`` is the
-            reference and ``"fused"`` raises.
+        impl: ``"auto"`` takes the fused kernels on a GPU with triton and the reference elsewhere, ``"fused"`` and
+            ``"reference"`` insist on one. Gradients of gradients need the reference.
 
     Returns:
         The normalised maps; shape and dtype of ``x``, channels-last if ``x`` is, contiguous otherwise.
@@ -65,5 +66,9 @@ def group_norm(
             check_alike(op, name, parameter, x, "x")
     if activation not in (None, "silu"):
         raise invalid(op, "activation", "'silu' or None", repr(activation), "apply another activation to the result")
-    resolve_impl(op, impl, x)
+    if resolve_impl(op, impl, x, has_fused=True) is Impl.FUSED:
+        from temporal_layers.kernels.group_norm import fused  # imports triton
+
+        arguments = num_frames, eps, activation == "silu", is_channels_last(x)
+        return fused.group_norm(x, num_groups, weight, bias, *arguments)[0]
     return reference.group_norm(x, num_groups, weight, bias, num_frames, eps, activation)
