@@ -16,12 +16,14 @@ class Impl(StrEnum):
     ``AUTO`` takes the fused kernel where the operator has one, triton is installed and the tensors are on a
     CUDA (or ROCm) device, and the eager reference everywhere else. ``FUSED`` never falls back: where the kernel
     cannot run it raises. It also runs interpreted on CPU tensors (``TRITON_INTERPRET=1``). ``REFERENCE`` is plain
-    PyTorch on any device.
+    PyTorch on any device. ``SDPA`` and ``XFORMERS`` are for attention only: PyTorch's and xformers' own kernels.
     """
 
     AUTO = "auto"
     FUSED = "fused"
     REFERENCE = "reference"
+    SDPA = "sdpa"
+    XFORMERS = "xformers"
 
 
 @cache
@@ -30,30 +32,46 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def resolve_impl(op: str, impl: Impl | str, tensor: Tensor, *, has_fused: bool = False) -> Impl:
+def resolve_impl(
+    op: str,
+    impl: Impl | str,
+    tensor: Tensor,
+    *,
+    has_fused: bool = False,
+    refusal: tuple[str, str] | None = None,
+    others: tuple[Impl, ...] = (),
+) -> Impl:
     """Turns the user's ``impl`` into the implementation to run.
 
     Args:
         op: Name of the operator, for the error texts.
-        impl: ``"auto"``, ``"fused"`` or ``"reference"``.
+        impl: ``"auto"``, ``"fused"``, ``"reference"`` or one of ``others``.
         tensor: The operator's first tensor; its device decides.
         has_fused: Whether the operator ships a fused kernel.
+        refusal: Why the fused kernel does not take this call, as what it expects and what it got; None if it does.
+        others: Further implementations that the operator has, and that run whatever the call.
 
     Returns:
-        ``Impl.FUSED`` or ``Impl.REFERENCE``, never ``Impl.AUTO``.
+        ``Impl.FUSED``, ``Impl.REFERENCE`` or one of ``others``, never ``Impl.AUTO``.
 
     Raises:
-        ValueError: ``impl`` is none of the three names, or it is ``"fused"`` and the fused kernel cannot run:
-            the operator has none, triton is missing, or the tensors are not on a GPU and nothing is interpreted.
+        ValueError: ``impl`` is not a name of an implementation, or it is ``"fused"`` and the fused kernel cannot
+            run: the operator has none, it does not take the call, triton is missing, or the tensors are not on a
+            GPU and nothing is interpreted.
     """
-    if impl not in ("auto", "fused", "reference"):
-        raise invalid(op, "impl", "'auto', 'fused' or 'reference'", repr(impl), "pass one of the three names")
-    if impl == "reference":
-        return Impl.REFERENCE
+    names = ["auto", "fused", "reference", *others]
+    if impl not in names:
+        *most, last = map(repr, map(str, names))
+        raise invalid(op, "impl", f"{', '.join(most)} or {last}", repr(impl), "pass one of these names")
+    if impl not in ("auto", "fused"):
+        return Impl(impl)
     if impl == "auto":
-        return Impl.FUSED if has_fused and tensor.is_cuda and has_triton() else Impl.REFERENCE
+        runs = has_fused and refusal is None and tensor.is_cuda and has_triton()
+        return Impl.FUSED if runs else Impl.REFERENCE
     if not has_fused:
         expected, got = "'auto' or 'reference' (no fused kernel exists)", "'fused'"
+    elif refusal is not None:
+        expected, got = refusal
     elif not has_triton():
         expected, got = "triton for 'fused'", "an environment without it"
     elif not can_launch(tensor):

@@ -13,7 +13,8 @@ from temporal_layers.kernels.checks import (
     invalid,
 )
 from temporal_layers.kernels.dispatch import Impl, resolve_impl
-from temporal_layers.kernels.temporal_attention import reference
+from temporal_layers.kernels.temporal_attention import reference, xformers
+from temporal_layers.kernels.temporal_attention.tiles import refusal
 
 __all__ = ["temporal_attention"]
 
@@ -56,8 +57,11 @@ def temporal_attention(
         causal: Query frame ``i`` attends to key frames ``j <= i + num_key_frames - num_frames``.
         window: Query frame ``i`` attends to key frames with ``|i + num_key_frames - num_frames - j| <= window``.
         scale: Factor on the scores; ``head_dim ** -0.5`` if None.
-        impl: ``"auto"``, ``"fused"`` or ``"reference"``. There is no fused kernel yet: ``"auto"`` is the
-            reference and ``"fused"`` raises.
+        impl: ``"fused"``, the Triton kernels: up to 64 frames and key frames, ``head_dim`` a multiple of 8 up to
+            160, fp16, bf16 or fp32, no gradient of gradients. ``"reference"``, also called ``"sdpa"``: PyTorch's
+            ``scaled_dot_product_attention`` on views. ``"xformers"``: its ``memory_efficient_attention``, where it
+            is installed, on a GPU. ``"auto"`` is the fused kernels for tensors on a GPU that they take, where triton
+            is installed, and the reference everywhere else.
 
     Returns:
         Shape, dtype and device of ``query``, contiguous.
@@ -105,7 +109,24 @@ def temporal_attention(
         )  # fmt: skip
     if window is not None and window < 0:
         raise invalid(op, "window", "at least 0 or None", f"{window}", "pass the reach in frames")
-    resolve_impl(op, impl, query)
+    head_dim = channels // num_heads
+    chosen = resolve_impl(
+        op, impl, query, has_fused=True, refusal=refusal(num_frames, key_frames, head_dim, query.dtype),
+        others=(Impl.SDPA, Impl.XFORMERS),
+    )  # fmt: skip
+    if chosen is Impl.FUSED:
+        from temporal_layers.kernels.temporal_attention import fused  # imports triton
+
+        # Under autocast the operands may come in several dtypes.
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        return fused.temporal_attention(
+            query, key, value, bias, frame_mask, num_frames, key_frames, num_heads, causal, window,
+            head_dim**-0.5 if scale is None else scale,
+        )  # fmt: skip
+    attend = None
+    if chosen is Impl.XFORMERS:
+        xformers.check_xformers(op, query)
+        attend = xformers.attend
     return reference.temporal_attention(
-        query, key, value, num_frames, num_key_frames, num_heads, bias, frame_mask, causal, window, scale
+        query, key, value, num_frames, num_key_frames, num_heads, bias, frame_mask, causal, window, scale, attend
     )

@@ -4,6 +4,7 @@ Tokens ``(b*f, s, heads*dim)`` are, without a copy, the ``(b, s*heads, f, dim)``
 positions join the heads instead of the batch. Its result lies in memory as ``(b*f, s, heads*dim)`` again.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -31,8 +32,13 @@ def temporal_attention(
     causal: bool,
     window: int | None,
     scale: float | None,
+    attend: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Attention over frames; see the public function for the contract."""
+    """Attention over frames; see the public function for the contract.
+
+    ``attend`` computes attention of ``(b, f, s*heads, dim)`` operands over ``f``; PyTorch's if None.
+    """
+    attend = attend_sdpa if attend is None else attend
     if query.numel() == 0:
         return query.clone()  # PyTorch 2.11's attention on a CPU divides by the number of heads, here positions*heads
     batch_frames, positions, channels = query.shape
@@ -68,7 +74,7 @@ def temporal_attention(
     return out.reshape(batch_frames, positions, channels)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
     """Attention of ``(b, f, s*heads, dim)`` operands over ``f``, in the layout and dtype of ``q``."""
     dtype = q.dtype
     autocast = nullcontext()
