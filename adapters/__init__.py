@@ -1,7 +1,19 @@
 """Temporal layers in diffusers' image models: inject, switch off, save, load, remove."""
 
 from temporal_layers.adapters.adapter import TemporalAdapter, adapter_of, inject
-from temporal_layers.adapters.config import TemporalConfig
+from temporal_layers.adapters.config import SiteRule, TemporalConfig
+from temporal_layers.adapters.registry import register_attention, register_model, register_resnet
 from temporal_layers.adapters.sites import InjectionSite, plan
 
-__all__ = ["InjectionSite", "TemporalAdapter", "TemporalConfig", "adapter_of", "inject", "plan"]
+__all__ = [
+    "InjectionSite",
+    "SiteRule",
+    "TemporalAdapter",
+    "TemporalConfig",
+    "adapter_of",
+    "inject",
+    "plan",
+    "register_attention",
+    "register_model",
+    "register_resnet",
+]

@@ -35,7 +35,8 @@ def inject(model: nn.Module, config: TemporalConfig | None = None) -> "TemporalA
     ``ControlNetModel.from_unet`` and the like work.
 
     Args:
-        model: ``UNet2DConditionModel``, ``UNet2DModel`` or ``AutoencoderKL`` (its decoder gets the layers).
+        model: an image UNet or image autoencoder (its decoder gets the layers) of diffusers, or a model of a class
+            added with :func:`~temporal_layers.adapters.register_model`.
         config: which layers, where; the Video LDM's layout if not given.
 
     Returns:
@@ -303,6 +304,8 @@ def _restore_requires_grad(model: nn.Module, state: TemporalState) -> None:
 
 
 def _alpha_text(layer: nn.Module) -> str:
+    if not hasattr(layer, "blend"):
+        return "-"
     alpha = layer.blend.alpha.detach()
     if alpha.is_meta:
         return f"{layer.blend.config.init:.3f}"

@@ -4,17 +4,11 @@ import torch
 from torch import nn
 
 from temporal_layers.adapters.config import TemporalConfig
+from temporal_layers.adapters.registry import HOSTS, find
 from temporal_layers.adapters.roots import ROOT_MIXINS
 from temporal_layers.adapters.sites import InjectionSite, check_root
 from temporal_layers.adapters.state import TemporalState, unwrap_checkpointing, wrap_checkpointing
-from temporal_layers.adapters.swap import (
-    AttentionSite,
-    ResnetSite,
-    check_restorable,
-    check_swappable,
-    restore_class,
-    swap_class,
-)
+from temporal_layers.adapters.swap import check_restorable, check_swappable, restore_class, site_mixin, swap_class
 
 __all__ = ["attach", "build_layers", "detach", "place_of"]
 
@@ -62,22 +56,29 @@ def attach(
     Raises:
         ValueError: if something unknown patched the forward of a module.
     """
-    mixins = {site.name: ResnetSite if site.kind == "resnet" else AttentionSite for site in sites}
-    mixins[""] = ROOT_MIXINS[check_root(model)]
-    hosts = {name: model.get_submodule(name) for name in mixins}
+    hosts = {name: model.get_submodule(name) for name in [*layers, ""]}
+    swaps = {name: _swap_of(hosts[name], layer) for name, layer in layers.items()}
+    swaps[""] = (ROOT_MIXINS[check_root(model).family], None)
     for name, host in hosts.items():
-        check_swappable(name, host, mixins[name])
+        check_swappable(name, host, *swaps[name])
     state = TemporalState(config, sites)
     try:
         for name, host in hosts.items():
             if host is not model:
                 host.temporal = layers[name].train(host.training)
             host._temporal_state = state
-            swap_class(host, mixins[name])
+            swap_class(host, *swaps[name])
         wrap_checkpointing(model, state)
     except BaseException:  # an interrupt as well
         _take_out(model, hosts)
         raise
+
+
+def _swap_of(host: nn.Module, layer: nn.Module) -> tuple[type, str | None]:
+    """Mixin of a host, and the argument of its forward pass that the layer gets as well."""
+    mixin, registered = site_mixin(layer), find(HOSTS, type(host))
+    name = mixin.extra_name
+    return mixin, None if name is None or registered is None else getattr(registered, name)
 
 
 def detach(model: nn.Module) -> None:

@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from temporal_layers.adapters.state import wrap_checkpointing
@@ -36,17 +34,15 @@ class VideoModel(Swapped):
 class VideoUNet(VideoModel):
     """Mixin of a UNet: clips in, clips out; images as before."""
 
-    def forward(
-        self, sample: Tensor, timestep: Any, *args: Any, image_only: Tensor | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, sample: Tensor, *args: Any, image_only: Tensor | None = None, **kwargs: Any) -> Any:
         """Denoise clips or images.
 
         Args:
             sample: clips ``(batch, channels, frames, height, width)``, or images ``(batch, channels, height, width)``,
                 which are clips folded into the batch if the adapter's ``num_frames`` is set.
-            timestep: a number, ``()``, ``(1,)``, ``(batch,)``, ``(batch, frames)`` or ``(batch * frames,)``.
-            *args: as in the image model. With clips, every tensor with ``batch`` in front is repeated for each frame
-                and 5-D ones are folded.
+            *args: as in the image model; first the timestep: a number, ``()``, ``(1,)``, ``(batch,)``,
+                ``(batch, frames)`` or ``(batch * frames,)``. With clips, every tensor with ``batch`` in front is
+                repeated for each frame and 5-D ones are folded.
             image_only: ``(batch, frames)`` bool, true for frames that bypass the temporal layers.
             **kwargs: as ``args``.
 
@@ -56,27 +52,37 @@ class VideoUNet(VideoModel):
         state = self._temporal_state
         num_frames = state.begin(type(self).__name__, sample, image_only)
         if sample.ndim == 4:
-            return super().forward(sample, timestep, *args, **kwargs)
-        repeat = _PerFrame(type(self).__name__, sample.shape[0], num_frames)
-        names = type(self).argument_names[2 : 2 + len(args)]
-        args = tuple(repeat(name, value) for name, value in zip(names, args, strict=True))
+            return super().forward(sample, *args, **kwargs)
+        timestep, *names = type(self).argument_names[1:]
+        repeat = PerFrame(type(self).__name__, sample.shape[0], num_frames, timestep=timestep)
+        args = tuple(repeat(name, value) for name, value in zip((timestep, *names), args, strict=False))
         kwargs = {name: repeat(name, value) for name, value in kwargs.items()}
-        output = super().forward(fold_frames(sample), repeat.timestep(timestep), *args, **kwargs)
+        output = super().forward(fold_frames(sample), *args, **kwargs)
         if isinstance(output, tuple):
             return (unfold_frames(output[0], num_frames), *output[1:])
         output.sample = unfold_frames(output.sample, num_frames)
         return output
 
 
-class _PerFrame:
-    """Repeats conditioning for every frame of its clip."""
+class PerFrame:
+    """Repeats conditioning for every frame of its clip.
 
-    def __init__(self, who: str, batch: Any, num_frames: Any) -> None:
-        self.who, self.batch, self.num_frames = who, batch, num_frames
+    Args:
+        who: name of the model, for the error texts.
+        batch: clips.
+        num_frames: frames of each.
+        timestep: name of the argument that may also be one number for all.
+    """
+
+    def __init__(self, who: str, batch: Any, num_frames: Any, *, timestep: str | None = None) -> None:
+        self.who, self.batch, self.num_frames, self.timestep = who, batch, num_frames, timestep
 
     def __call__(self, name: str, value: Any) -> Any:
+        """The value of an argument as the image model takes it for ``batch * num_frames`` images."""
         if name in UNTOUCHED:
             return value
+        if name == self.timestep:
+            return self._timestep(name, value)
         if torch.is_tensor(value):
             return self._tensor(name, value)
         if isinstance(value, dict):
@@ -85,17 +91,17 @@ class _PerFrame:
             return type(value)(self(f"{name}[{index}]", item) for index, item in enumerate(value))
         return value
 
-    def timestep(self, value: Any) -> Any:
+    def _timestep(self, name: str, value: Any) -> Any:
         if not torch.is_tensor(value) or value.ndim == 0 or tuple(value.shape) == (1,):
             return value
         if value.ndim == 2:
             if tuple(value.shape) != (self.batch, self.num_frames):
                 raise ValueError(
-                    f"{self.who}: timestep: expected ({self.batch}, {self.num_frames}), one for each frame of each "
+                    f"{self.who}: {name}: expected ({self.batch}, {self.num_frames}), one for each frame of each "
                     f"clip, got {tuple(value.shape)}; or pass (), (1,), ({self.batch},)"
                 )
             value = value.flatten()
-        return self._tensor("timestep", value)
+        return self._tensor(name, value)
 
     def _tensor(self, name: str, value: Tensor) -> Tensor:
         if value.ndim == 0:
@@ -132,33 +138,70 @@ def _sum_rest(value: Tensor) -> Tensor:
 class VideoAutoencoder(VideoModel):
     """Mixin of an autoencoder: clips in, clips out; the encoder works frame by frame."""
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """Encode clips ``(batch, channels, frames, height, width)`` or images, to a posterior of as many axes."""
+    def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Encode clips ``(batch, channels, frames, height, width)`` or images, to latents of as many axes."""
         if x.ndim != 5:
-            return super().encode(x, return_dict=return_dict)
-        (posterior,) = super().encode(fold_frames(x), return_dict=False)
-        posterior = ClipDistribution(unfold_frames(posterior.parameters, x.shape[2]))
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+            return super().encode(x, *args, **kwargs)
+        return _unfold_output(super().encode(fold_frames(x), *args, **kwargs), x.shape[2])
 
-    @apply_forward_hook
-    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
+    def decode(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Decode clips ``(batch, channels, frames, height, width)`` or images.
 
-        With ``enable_slicing()`` clips are decoded one at a time, which is exact; slicing into frames would not be.
+        Tensors among the other arguments (the mask and the image of an inpainting decoder) are folded like clips or
+        repeated for each frame. With ``enable_slicing()`` clips are decoded one at a time, which is exact; slicing
+        into frames would not be.
         """
-        num_frames = self._temporal_state.begin(type(self).__name__, z)
-        if not self._temporal_state.active and z.ndim == 4:
-            return super().decode(z, return_dict=return_dict, generator=generator)
-        folded = fold_frames(z) if z.ndim == 5 else z
-        pieces = folded.split(num_frames) if self.use_slicing else (folded,)
-        decoded = torch.cat([self._decode(piece).sample for piece in pieces])
-        if z.ndim == 5:
-            decoded = unfold_frames(decoded, num_frames)
-        return DecoderOutput(sample=decoded) if return_dict else (decoded,)
+        state = self._temporal_state
+        num_frames = state.begin(type(self).__name__, z)
+        if not state.active and z.ndim == 4:
+            return super().decode(z, *args, **kwargs)
+        slicing = getattr(self, "use_slicing", False)
+        if slicing:
+            self.use_slicing = False  # it would cut clips into frames
+        try:
+            if z.ndim == 4:
+                return self._decode_folded(z, args, kwargs, num_frames if slicing else None)
+            repeat = PerFrame(type(self).__name__, z.shape[0], num_frames)
+            args = tuple(repeat("decode", value) for value in args)
+            kwargs = {name: repeat(name, value) for name, value in kwargs.items()}
+            decoded = self._decode_folded(fold_frames(z), args, kwargs, num_frames if slicing else None)
+            return _unfold_output(decoded, num_frames)
+        finally:
+            if slicing:
+                self.use_slicing = True
+
+    def _decode_folded(self, z: Tensor, args: tuple, kwargs: dict[str, Any], at_a_time: int | None) -> Any:
+        """Decode frames folded into the batch: all at once, or ``at_a_time`` of them."""
+        if at_a_time is None or len(z) == at_a_time:
+            return super().decode(z, *args, **kwargs)
+        total, pieces = len(z), []
+
+        def part(value: Any, rows: slice) -> Any:
+            return value[rows] if torch.is_tensor(value) and value.ndim > 0 and len(value) == total else value
+
+        for start in range(0, total, at_a_time):
+            rows = slice(start, start + at_a_time)
+            some = {name: part(value, rows) for name, value in kwargs.items()}
+            pieces.append(super().decode(z[rows], *(part(value, rows) for value in args), **some))
+        if isinstance(pieces[0], tuple):
+            return (torch.cat([piece[0] for piece in pieces]), *pieces[0][1:])
+        pieces[0].sample = torch.cat([piece.sample for piece in pieces])
+        return pieces[0]
 
 
-ROOT_MIXINS: dict[str, type] = {
-    "UNet2DConditionModel": VideoUNet,
-    "UNet2DModel": VideoUNet,
-    "AutoencoderKL": VideoAutoencoder,
-}
+def _unfold_output(output: Any, num_frames: Any) -> Any:
+    """Unfold the maps and the posterior that an autoencoder returned for folded frames."""
+
+    def unfold(value: Any) -> Any:
+        if isinstance(value, DiagonalGaussianDistribution):
+            return ClipDistribution(unfold_frames(value.parameters, num_frames))
+        return unfold_frames(value, num_frames) if torch.is_tensor(value) and value.ndim == 4 else value
+
+    if isinstance(output, tuple):
+        return tuple(map(unfold, output))
+    for name, value in output.items():
+        output[name] = unfold(value)
+    return output
+
+
+ROOT_MIXINS: dict[str, type] = {"unet": VideoUNet, "autoencoder": VideoAutoencoder}

@@ -4,39 +4,29 @@ Nothing here changes a model. Every reason to refuse an injection is found here,
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from temporal_layers import TemporalResBlock, TemporalTransformerBlock
+from temporal_layers import (
+    TemporalConv,
+    TemporalResBlock,
+    TemporalResBlockConfig,
+    TemporalTransformerBlock,
+    TemporalTransformerConfig,
+)
+from temporal_layers.adapters.catalogue import VIDEO_MODULES
 from temporal_layers.adapters.config import TemporalConfig
+from temporal_layers.adapters.registry import HOSTS, MODELS, ModelClass, find
 
 __all__ = ["InjectionSite", "plan"]
 
-SiteKind = Literal["resnet", "transformer_block", "attention"]
+SiteKind = Literal["resnet", "transformer_block", "attention", "conv_in", "conv_out"]
+TemporalLayer = TemporalResBlock | TemporalTransformerBlock | TemporalConv
 
-# Root classes that can be injected, with the child that holds the sites (None: the whole model). Classes are matched
-# by name over the MRO, so subclasses count and diffusers' moves between files do not matter.
-ROOTS: dict[str, str | None] = {"UNet2DConditionModel": None, "UNet2DModel": None, "AutoencoderKL": "decoder"}
-RESNETS = frozenset({"ResnetBlock2D"})
-TRANSFORMERS = frozenset({"Transformer2DModel"})
-TRANSFORMER_BLOCKS = frozenset({"BasicTransformerBlock"})
-MAP_ATTENTIONS = frozenset({"Attention"})
-VIDEO_MODULES = frozenset(
-    {
-        "AnimateDiffTransformer3D",
-        "MotionModules",
-        "SpatioTemporalResBlock",
-        "TemporalBasicTransformerBlock",
-        "TemporalConvLayer",
-        "TemporalResnetBlock",
-        "TransformerSpatioTemporalModel",
-        "TransformerTemporalModel",
-        "Conv3d",
-    }
-)
 # Residual blocks in there change the resolution; the paper puts no temporal layer behind down- and upsampling.
 RESAMPLERS = frozenset({"downsamplers", "upsamplers", "resnet_down", "resnet_up"})
 
@@ -67,26 +57,29 @@ class InjectionSite:
     head_dim: int | None = None
     context_dim: int | None = None
 
-    def build(self, config: TemporalConfig, **factory) -> TemporalResBlock | TemporalTransformerBlock:
+    def build(self, config: TemporalConfig, **factory) -> TemporalLayer:
         """Make the temporal layer of this site; ``factory`` may hold ``device`` and ``dtype``."""
-        if self.kind == "resnet":
+        options = config.options_for(self.name, self.kind)
+        if isinstance(options, TemporalResBlockConfig):
             return TemporalResBlock(
                 self.channels,
                 temb_channels=self.temb_channels,
                 num_groups=self.num_groups,
                 eps=self.eps,
-                config=config.resblock,
+                config=options,
                 **factory,
             )
-        return TemporalTransformerBlock(
-            self.channels,
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
-            context_dim=self.context_dim,
-            num_groups=self.num_groups,
-            config=config.transformer,
-            **factory,
-        )
+        if isinstance(options, TemporalTransformerConfig):
+            return TemporalTransformerBlock(
+                self.channels,
+                num_heads=self.num_heads,
+                head_dim=self.head_dim,
+                context_dim=self.context_dim,
+                num_groups=self.num_groups,
+                config=options,
+                **factory,
+            )
+        return TemporalConv(self.channels, config=options, **factory)
 
 
 def class_names(module: nn.Module) -> frozenset[str]:
@@ -100,7 +93,8 @@ def plan(model: nn.Module, config: TemporalConfig | None = None) -> tuple[Inject
     Works on the meta device and changes nothing.
 
     Args:
-        model: a ``UNet2DConditionModel``, ``UNet2DModel`` or ``AutoencoderKL`` (decoder).
+        model: a model of a registered class: diffusers' image UNets and image autoencoders (whose decoder is meant),
+            or what :func:`~temporal_layers.adapters.register_model` added.
         config: what to inject; the Video LDM's layout if not given.
 
     Returns:
@@ -108,17 +102,24 @@ def plan(model: nn.Module, config: TemporalConfig | None = None) -> tuple[Inject
         that is registered twice is one site.
 
     Raises:
-        ValueError: if the model is of another class, is a video model already, is injected already, has no site, or
-            its weights are being offloaded.
+        ValueError: if the model is of another class, is a video model already, is injected already, has no site, its
+            weights are being offloaded, or a pattern of the configuration is found in no site.
     """
     config = config or TemporalConfig()
-    root = check_root(model)
+    part = check_root(model).part
     check_in_place(model)
-    scope = model if ROOTS[root] is None else model.get_submodule(ROOTS[root])
-    prefix = "" if ROOTS[root] is None else f"{ROOTS[root]}."
+    try:
+        scope = model if part is None else model.get_submodule(part)
+    except AttributeError as error:
+        raise ValueError(
+            f"plan: {type(model).__name__}: expected a child {part!r}, as its registration says, got none"
+        ) from error
+    found = list(_candidates(model, scope, "" if part is None else f"{part}.", config))
+    _check_patterns(type(model).__name__, [site.name for site in found], config)
     sites: dict[nn.Module, InjectionSite] = {}
-    for site in _walk(scope, prefix, config):
-        sites.setdefault(model.get_submodule(site.name), site)
+    for site in found:
+        if _wanted(site, config):
+            sites.setdefault(model.get_submodule(site.name), site)
     if not sites:
         raise ValueError(
             f"plan: {type(model).__name__}: expected at least one residual block or attention that the configuration "
@@ -134,12 +135,13 @@ def plan(model: nn.Module, config: TemporalConfig | None = None) -> tuple[Inject
     return tuple(sites.values())
 
 
-def check_root(model: nn.Module) -> str:
-    """Return the name of the supported root class of ``model``, or raise a ``ValueError`` saying why there is none."""
+def check_root(model: nn.Module) -> ModelClass:
+    """Return the registration of the class of ``model``, or raise a ``ValueError`` saying why it is not fit."""
+    known = "a registered image model (" + ", ".join(c if isinstance(c, str) else c.__name__ for c in MODELS) + ")"
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"plan: expected one of {', '.join(ROOTS)}, got {type(model).__name__}; "
-            "pass the UNet or the VAE itself, for instance pipe.unet"
+            f"plan: expected {known}, got {type(model).__name__}; pass the UNet or the VAE itself, for instance "
+            "pipe.unet"
         )
     if getattr(model, "_temporal_state", None) is not None:
         raise ValueError(
@@ -152,11 +154,11 @@ def check_root(model: nn.Module) -> str:
             f"plan: {type(model).__name__}: expected an image model, got a video model: {video!r} is a "
             f"{type(model.get_submodule(video)).__name__}; inject into the image model it was made from"
         )
-    root = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in ROOTS), None)
+    root = find(MODELS, type(model))
     if root is None:
         raise ValueError(
-            f"plan: expected one of {', '.join(ROOTS)}, got {type(model).__name__}; "
-            "pass the UNet or the VAE itself, not a part of it or a wrapper around it"
+            f"plan: expected {known}, got {type(model).__name__}; pass the UNet or the VAE itself, not a part of it "
+            "or a wrapper around it, or add its class with register_model"
         )
     return root
 
@@ -174,82 +176,81 @@ def check_in_place(model: nn.Module) -> None:
             )
 
 
-def _walk(module: nn.Module, prefix: str, config: TemporalConfig, parent: str = "") -> Iterator[InjectionSite]:
+def _candidates(model: nn.Module, scope: nn.Module, prefix: str, config: TemporalConfig) -> Iterator[InjectionSite]:
+    """Every site that the policy names, before the patterns and the missing options sort some out."""
+    hosts = list(_hosts(scope, prefix, config))
+    with_attention = {_block_of(site.name) for site in hosts if site.kind != "resnet"}
+    conv_in, conv_out = (_convolution(scope, prefix, name, getattr(config, name)) for name in ("conv_in", "conv_out"))
+    if conv_in is not None:
+        yield conv_in
+    for site in hosts:
+        paired = config.transformer_policy == "after_pair" and site.kind == "resnet"
+        skipped = config.transformer_policy == "after_resnet" and site.kind != "resnet"
+        if not skipped and not (paired and _block_of(site.name) in with_attention):
+            yield site
+    if conv_out is not None:
+        yield conv_out
+
+
+def _hosts(module: nn.Module, prefix: str, config: TemporalConfig, parent: str = "") -> Iterator[InjectionSite]:
+    into_blocks = config.transformer_policy == "after_transformer_block"
     for name, child in module.named_children():
-        if name in RESAMPLERS:
+        if name in RESAMPLERS and not config.resamplers:
             continue
         path = prefix + name
-        names = class_names(child)
-        if names & RESNETS:
-            if config.resblock is not None:
-                yield _resnet_site(path, child)
-        elif names & TRANSFORMERS and config.transformer_policy == "after_attention":
-            if config.transformer is not None:
-                yield _transformer_site(path, child)
-        elif names & TRANSFORMER_BLOCKS:
-            if config.transformer is not None:
-                yield _block_site(path, child)
-        elif names & MAP_ATTENTIONS:
-            # Below a list called "attentions" an Attention is a layer of the feature map with its own residual;
-            # anywhere else it is a branch inside a larger block.
-            if config.transformer is not None and parent == "attentions":
-                yield _attention_site(path, child)
-        else:
-            yield from _walk(child, f"{path}.", config, parent=name)
+        host = find(HOSTS, type(child))
+        if host is None or (host.holds_blocks and into_blocks):
+            yield from _hosts(child, f"{path}.", config, parent=name)
+        elif host.only_in in (None, parent):
+            yield InjectionSite(name=path, kind=host.kind, **_facts(path, child))
 
 
-def _resnet_site(path: str, resnet: nn.Module) -> InjectionSite:
-    projection = getattr(resnet, "time_emb_proj", None)
-    return InjectionSite(
-        name=path,
-        kind="resnet",
-        channels=resnet.out_channels,
-        num_groups=resnet.norm2.num_groups,
-        eps=resnet.norm2.eps,
-        temb_channels=None if projection is None else projection.in_features,
-    )
+def _facts(path: str, host: nn.Module) -> dict[str, Any]:
+    try:
+        return find(HOSTS, type(host)).read(host)
+    except AttributeError as error:
+        raise ValueError(
+            f"plan: {path}: expected a {type(host).__name__} with the attributes of its registration, got one without: "
+            f"{error}"
+        ) from error
 
 
-def _heads(attention: nn.Module) -> dict[str, int]:
-    # Read from the module, never from a model's config: attention_head_dim means heads there in SD 1.x.
-    return {"num_heads": attention.heads, "head_dim": attention.inner_dim // attention.heads}
+def _block_of(path: str) -> str:
+    """The module around a host and the list it stands in: ``down_blocks.0`` for ``down_blocks.0.resnets.1``."""
+    *above, name = path.split(".")
+    if name.isdigit() and above and not above[-1].isdigit():
+        above.pop()
+    return ".".join(above)
 
 
-def _context_dim(block: nn.Module) -> int | None:
-    for attention in (block.attn2, block.attn1):
-        if attention is not None and attention.is_cross_attention:
-            return attention.cross_attention_dim
-    return None
+def _convolution(scope: nn.Module, prefix: str, name: SiteKind, options: Any) -> InjectionSite | None:
+    if options is None:
+        return None
+    convolution = getattr(scope, name, None)
+    convolution = getattr(convolution, "base_layer", convolution)
+    if not isinstance(convolution, nn.Conv2d):
+        raise ValueError(
+            f"plan: {prefix}{name}: expected a 2-D convolution for TemporalConfig.{name}, got "
+            f"{type(convolution).__name__}; leave {name} at None for this model"
+        )
+    channels = convolution.out_channels
+    return InjectionSite(name=prefix + name, kind=name, channels=channels, num_groups=math.gcd(32, channels))
 
 
-def _block_site(path: str, block: nn.Module) -> InjectionSite:
-    return InjectionSite(
-        name=path,
-        kind="transformer_block",
-        channels=block.attn1.query_dim,
-        context_dim=_context_dim(block),
-        **_heads(block.attn1),
-    )
+def _wanted(site: InjectionSite, config: TemporalConfig) -> bool:
+    if config.options_for(site.name, site.kind) is None:
+        return False
+    if config.include and not any(re.search(pattern, site.name) for pattern in config.include):
+        return False
+    return not any(re.search(pattern, site.name) for pattern in config.exclude)
 
 
-def _transformer_site(path: str, transformer: nn.Module) -> InjectionSite:
-    block = transformer.transformer_blocks[0]
-    return InjectionSite(
-        name=path,
-        kind="attention",
-        channels=transformer.in_channels,
-        num_groups=transformer.norm.num_groups,
-        context_dim=_context_dim(block),
-        **_heads(block.attn1),
-    )
-
-
-def _attention_site(path: str, attention: nn.Module) -> InjectionSite:
-    norm = attention.group_norm
-    return InjectionSite(
-        name=path,
-        kind="attention",
-        channels=attention.query_dim,
-        num_groups=math.gcd(32, attention.query_dim) if norm is None else norm.num_groups,
-        **_heads(attention),
-    )
+def _check_patterns(who: str, names: list[str], config: TemporalConfig) -> None:
+    """A pattern that fits nothing is a mistake in it: raise a ``ValueError``."""
+    patterns = [*config.include, *config.exclude, *(rule.pattern for rule in config.rules)]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(
+                f"plan: {who}: expected a pattern that is found in the name of a site, got {pattern!r}, which is in "
+                f"none of {len(names)}; names are like {', '.join(names[:2] + names[-1:])}"
+            )

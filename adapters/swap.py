@@ -12,15 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "AttentionSite",
-    "ResnetSite",
-    "Swapped",
-    "check_restorable",
-    "check_swappable",
-    "restore_class",
-    "swap_class",
-]
+from temporal_layers import TemporalResBlock, TemporalTransformerBlock
+
+__all__ = ["Swapped", "check_restorable", "check_swappable", "restore_class", "site_mixin", "swap_class"]
 
 
 class Swapped:
@@ -28,7 +22,7 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         cls = type(self)
-        return _rebuild, (cls.mixin, cls.spatial_class), *super().__reduce_ex__(protocol)[2:]
+        return _rebuild, (cls.mixin, cls.spatial_class, cls.extra_input), *super().__reduce_ex__(protocol)[2:]
 
 
 class TemporalSite(Swapped):
@@ -70,50 +64,82 @@ class TemporalSite(Swapped):
         return args[self.extra_index] if len(args) > self.extra_index else kwargs.get(self.extra_input)
 
     def _mix(self, hidden_states: Tensor, extra: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class ResBlockSite(TemporalSite):
+    """A host with a temporal residual block, which gets the timestep embedding of a residual block."""
+
+    extra_name = "temb"
+
+    def _mix(self, hidden_states: Tensor, extra: Any) -> Tensor:
         state = self._temporal_state
         return self.temporal(hidden_states, extra, num_frames=state.num_frames, image_only=state.image_only)
 
 
-class ResnetSite(TemporalSite):
-    """A residual block: its temporal layer also gets the timestep embedding."""
+class TransformerSite(TemporalSite):
+    """A host with a temporal transformer, which gets the text of each clip's first frame from an attention."""
 
-    extra_input = "temb"
-
-
-class AttentionSite(TemporalSite):
-    """A transformer block or an attention: its temporal layer also gets the text of each clip's first frame."""
-
-    extra_input = "encoder_hidden_states"
+    extra_name = "context"
 
     def _mix(self, hidden_states: Tensor, extra: Any) -> Tensor:
+        state = self._temporal_state
         if isinstance(extra, tuple):  # an IP-Adapter appends image embeddings to the text
             extra = extra[0]
         needs_text = self.temporal.context_dim is not None and extra is not None
-        return super()._mix(hidden_states, extra[:: self._temporal_state.num_frames] if needs_text else None)
+        context = extra[:: state.num_frames] if needs_text else None
+        return self.temporal(hidden_states, context, num_frames=state.num_frames, image_only=state.image_only)
+
+
+class ConvSite(TemporalSite):
+    """A host with a bare temporal convolution."""
+
+    extra_name = None
+
+    def _mix(self, hidden_states: Tensor, extra: Any) -> Tensor:
+        state = self._temporal_state
+        return self.temporal(hidden_states, num_frames=state.num_frames, image_only=state.image_only)
+
+
+def site_mixin(layer: nn.Module) -> type[TemporalSite]:
+    """The mixin of a host with this temporal layer."""
+    if isinstance(layer, TemporalResBlock):
+        return ResBlockSite
+    return TransformerSite if isinstance(layer, TemporalTransformerBlock) else ConvSite
 
 
 @functools.cache
-def temporal_class(mixin: type, spatial_class: type) -> type:
-    """The subclass of ``mixin`` and ``spatial_class`` that carries the spatial class's name."""
+def temporal_class(mixin: type, spatial_class: type, extra_input: str | None = None) -> type:
+    """The subclass of ``mixin`` and ``spatial_class`` that carries the spatial class's name.
+
+    Args:
+        mixin: the mixin of a root model, or of a site.
+        spatial_class: the class of the module.
+        extra_input: argument of the spatial forward pass that is handed to the temporal layer as well.
+    """
+    # Read here, once a class: torch.compile cannot trace inspect.
+    names = tuple(inspect.signature(spatial_class.forward).parameters)[1:]
     attributes = {
         "mixin": mixin,
         "spatial_class": spatial_class,
         "__module__": spatial_class.__module__,
         "__qualname__": spatial_class.__qualname__,
         "__doc__": spatial_class.__doc__,
+        "argument_names": names,
+        "extra_input": extra_input,
     }
-    # Read here, once a class: torch.compile cannot trace inspect.
-    names = attributes["argument_names"] = tuple(inspect.signature(spatial_class.forward).parameters)[1:]
-    wanted = getattr(mixin, "extra_input", None)
-    if wanted in names:
-        attributes["extra_index"] = names.index(wanted)
-    elif wanted is not None:
-        attributes["extra_input"] = None
+    if extra_input is not None:
+        if extra_input not in names:
+            raise ValueError(
+                f"{spatial_class.__name__}: expected a forward with the argument {extra_input!r}, as its registration "
+                f"says, got {', '.join(names)}"
+            )
+        attributes["extra_index"] = names.index(extra_input)
     return type(spatial_class.__name__, (mixin, spatial_class), attributes)
 
 
-def _rebuild(mixin: type, spatial_class: type) -> nn.Module:
-    cls = temporal_class(mixin, spatial_class)
+def _rebuild(mixin: type, spatial_class: type, extra_input: str | None = None) -> nn.Module:
+    cls = temporal_class(mixin, spatial_class, extra_input)
     return cls.__new__(cls)
 
 
@@ -136,10 +162,11 @@ def _patched_by(module: nn.Module) -> str | None:
     return "unknown"
 
 
-def check_swappable(name: str, module: nn.Module, mixin: type) -> None:
+def check_swappable(name: str, module: nn.Module, mixin: type, extra_input: str | None = None) -> None:
     """Raise a ``ValueError`` if something unknown patched ``module``, so that :func:`swap_class` would be lost."""
     _check_forward(name, module)
-    temporal_class(mixin, type(module))  # a class that cannot be made fails here, before anything is touched
+    # A class that cannot be made fails here, before anything is touched.
+    temporal_class(mixin, type(module), extra_input)
 
 
 def check_restorable(name: str, module: nn.Module) -> None:
@@ -173,9 +200,9 @@ def _set_class(module: nn.Module, cls: type) -> None:
         module.__dict__["_diffusers_hook"]._fn_refs[0].forward = forward
 
 
-def swap_class(module: nn.Module, mixin: type) -> None:
+def swap_class(module: nn.Module, mixin: type, extra_input: str | None = None) -> None:
     """Give ``module`` the behaviour of ``mixin`` on top of its own."""
-    _set_class(module, temporal_class(mixin, type(module)))
+    _set_class(module, temporal_class(mixin, type(module), extra_input))
 
 
 def restore_class(module: nn.Module) -> None:

@@ -8,7 +8,8 @@ Importing this package loads PyTorch only.
 
 from temporal_layers.attention import TemporalAttention
 from temporal_layers.blend import AlphaBlend
-from temporal_layers.config import AlphaConfig, TemporalResBlockConfig, TemporalTransformerConfig
+from temporal_layers.config import AlphaConfig, TemporalConvConfig, TemporalResBlockConfig, TemporalTransformerConfig
+from temporal_layers.conv import TemporalConv
 from temporal_layers.frames import fold_frames, unfold_frames
 from temporal_layers.positions import (
     RelativePositionBias,
@@ -30,6 +31,8 @@ __all__ = [
     "SinusoidalMLPPosition",
     "SinusoidalPosition",
     "TemporalAttention",
+    "TemporalConv",
+    "TemporalConvConfig",
     "TemporalResBlock",
     "TemporalResBlockConfig",
     "TemporalTransformerBlock",

@@ -8,7 +8,7 @@ they go through JSON unchanged.
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["AlphaConfig", "TemporalResBlockConfig", "TemporalTransformerConfig"]
+__all__ = ["AlphaConfig", "TemporalConvConfig", "TemporalResBlockConfig", "TemporalTransformerConfig"]
 
 AlphaShape = Literal["scalar", "frame", "channel"]
 NormOver = Literal["clip", "frame"]
@@ -121,6 +121,8 @@ class TemporalTransformerConfig:
         projection: wrap the block in linear projections (AnimateDiff, ModelScope).
         causal: let a frame see itself and earlier frames only; excludes ``in_norm="clip"``.
         window: largest frame distance attended to; ``None`` for all (the paper limits it to 8 on long clips).
+        num_heads: attention heads, whatever the place of the layer suggests; see :meth:`heads`.
+        head_dim: channels of a head, likewise.
         zero_init: start as the identity: the projection out if there is one, else the last linear of each update.
         alpha: the blend with the spatial branch; ``AlphaConfig(init=0.0, learned=False)`` adds the update unweighted.
     """
@@ -133,6 +135,8 @@ class TemporalTransformerConfig:
     projection: bool = False
     causal: bool = False
     window: int | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
     zero_init: bool = True
     alpha: AlphaConfig = AlphaConfig()
 
@@ -158,5 +162,54 @@ class TemporalTransformerConfig:
                 "TemporalTransformerConfig.in_norm: expected 'none' or 'frame' with causal=True, got 'clip'; "
                 "statistics over the clip would let a frame see later ones"
             )
-        if self.window is not None:
-            check_at_least("TemporalTransformerConfig.window", self.window, 0)
+        for name, least in (("window", 0), ("num_heads", 1), ("head_dim", 1)):
+            if getattr(self, name) is not None:
+                check_at_least(f"TemporalTransformerConfig.{name}", getattr(self, name), least)
+
+    def heads(
+        self, dim: int, num_heads: int | None = None, head_dim: int | None = None
+    ) -> tuple[int, int | None] | None:
+        """Heads and channels of a head of a layer: the options here, or what its place suggests.
+
+        One of the two options is enough: ``num_heads=8`` makes heads of ``dim // 8`` channels (AnimateDiff), and
+        ``head_dim=64`` makes ``dim // 64`` heads (ModelScope).
+
+        Args:
+            dim: channels of the layer.
+            num_heads: what the place suggests.
+            head_dim: likewise; ``None`` for ``dim // num_heads``.
+
+        Returns:
+            The two, or ``None`` if neither the options nor the place say anything.
+
+        Raises:
+            ValueError: if ``head_dim`` alone is set and does not divide ``dim``.
+        """
+        if self.num_heads is not None:
+            return self.num_heads, self.head_dim
+        if self.head_dim is None:
+            return None if num_heads is None else (num_heads, head_dim)
+        if dim % self.head_dim != 0:
+            raise ValueError(
+                f"TemporalTransformerConfig.head_dim: expected a divisor of dim={dim}, got {self.head_dim}; "
+                "set num_heads as well"
+            )
+        return dim // self.head_dim, self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemporalConvConfig:
+    """Options of :class:`~temporal_layers.TemporalConv`.
+
+    Args:
+        kernel_size: odd extent over frames.
+        causal: let a frame see itself and earlier frames only.
+    """
+
+    kernel_size: int = 3
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least("TemporalConvConfig.kernel_size", self.kernel_size, 1)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"TemporalConvConfig.kernel_size: expected an odd number, got {self.kernel_size}")

@@ -60,22 +60,22 @@ class TemporalTransformerBlock(nn.Module):
 
     Args:
         dim: channels in and out.
-        num_heads: attention heads.
+        num_heads: attention heads; those of the config, if it has any, take precedence.
         head_dim: channels of a head; ``dim // num_heads`` if not given.
         context_dim: channels of the text; ``None`` drops the cross-attentions of the config.
         num_groups: groups of the input norm, if the config has one.
         config: everything else.
 
     Raises:
-        ValueError: if ``num_heads`` does not divide ``dim`` and ``head_dim`` is not given, or ``num_groups`` does not
-            divide ``dim`` where the config has an input norm.
+        ValueError: if ``num_heads`` is given nowhere, or does not divide ``dim`` and ``head_dim`` is not given, or
+            ``num_groups`` does not divide ``dim`` where the config has an input norm.
     """
 
     def __init__(
         self,
         dim: int,
         *,
-        num_heads: int,
+        num_heads: int | None = None,
         head_dim: int | None = None,
         context_dim: int | None = None,
         num_groups: int = 32,
@@ -86,7 +86,13 @@ class TemporalTransformerBlock(nn.Module):
         super().__init__()
         config = config or TemporalTransformerConfig()
         factory = {"device": device, "dtype": dtype}
-        head_dim = resolve_head_dim("TemporalTransformerBlock", dim, num_heads, head_dim)
+        heads = config.heads(dim, num_heads, head_dim)
+        if heads is None:
+            raise ValueError(
+                "TemporalTransformerBlock: num_heads: expected a number here or in the config, got None in both; "
+                "set num_heads or head_dim of TemporalTransformerConfig"
+            )
+        num_heads, head_dim = heads[0], resolve_head_dim("TemporalTransformerBlock", dim, *heads)
         inner = num_heads * head_dim if config.projection else dim
         zero_updates = config.zero_init and not config.projection
         self.dim = dim

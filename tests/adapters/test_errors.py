@@ -86,13 +86,18 @@ def test_video_models(unchanged, name):
 
 def test_unknown_modules_and_pipelines(make_unet, unchanged):
     part = make_unet().down_blocks[0]
-    with unchanged(part, "expected one of UNet2DConditionModel, .* got CrossAttnDownBlock2D; pass the UNet or the VAE"):
+    with unchanged(
+        part,
+        "a registered image model .*UNet2DConditionModel, .* got CrossAttnDownBlock2D; pass the UNet",
+    ):
         inject(part)
 
     class Pipeline:
         unet = part
 
-    with pytest.raises(ValueError, match=r"expected one of UNet2DConditionModel, .* got Pipeline; .* pipe\.unet"):
+    with pytest.raises(
+        ValueError, match=r"a registered image model .*UNet2DConditionModel, .* got Pipeline; .* pipe\.unet"
+    ):
         plan(Pipeline())
 
 
@@ -147,11 +152,11 @@ def test_an_interruption_half_way_is_rolled_back(make_unet, fingerprint, monkeyp
     model.enable_gradient_checkpointing()
     before, calls, swap = fingerprint(model), [], attach_module.swap_class
 
-    def interrupted(module, mixin):
+    def interrupted(module, *swap_to):
         calls.append(module)
         if len(calls) > failing:
             raise KeyboardInterrupt
-        swap(module, mixin)
+        swap(module, *swap_to)
 
     monkeypatch.setattr(attach_module, "swap_class", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -258,7 +263,7 @@ def test_unknown_parameter_group(make_unet):
         (lambda: TemporalConfig(resblock=None, transformer=None), "expected resblock or transformer or both, got None"),
         (
             lambda: TemporalConfig(transformer_policy="after"),
-            "transformer_policy: expected one of 'after_transformer_block', 'after_attention', got 'after'",
+            "transformer_policy: expected one of 'after_transformer_block', .* got 'after'",
         ),
         (
             lambda: TemporalConfig(transformer=TemporalTransformerConfig(in_norm="clip", projection=True)),
@@ -276,7 +281,10 @@ def test_wrong_configurations(make, match):
     [
         ([], r"TemporalConfig: expected a dictionary, got \[\]"),
         ({"resblok": None}, "TemporalConfig: unknown key 'resblok', expected among .*; did you mean 'resblock'"),
-        ({"zzz": None}, "TemporalConfig: unknown key 'zzz', expected among resblock, transformer, transformer_policy$"),
+        (
+            {"zzz": None},
+            "TemporalConfig: unknown key 'zzz', expected among resblock, transformer, .* rules$",
+        ),
         ({"resblock": {"causal": "false"}}, "TemporalConfig.resblock.causal: expected true or false, got 'false'"),
         ({"resblock": {"causal": 1}}, "TemporalConfig.resblock.causal: expected true or false, got 1"),
         ({"resblock": {"num_convs": True}}, "resblock.num_convs: expected a whole number, got True"),

@@ -1,0 +1,79 @@
+"""A bare convolution over frames."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from temporal_layers.config import TemporalConvConfig
+from temporal_layers.frames import check_divisible, frames_to_height, height_to_frames
+from temporal_layers.resnet import CausalFrameConv, FrameConv
+
+__all__ = ["TemporalConv"]
+
+
+class TemporalConv(nn.Module):
+    """Convolution ``(k, 1, 1)`` over frames and nothing else: what SVD puts behind the last layer of its decoder.
+
+    It has neither a residual nor a blend; it starts as the identity, bit for bit: the middle tap is the unit matrix
+    and the rest is zero.
+
+    Args:
+        channels: channels of the feature map, in and out.
+        config: everything else.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        config: TemporalConvConfig | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        config = config or TemporalConvConfig()
+        self.channels = channels
+        self.config = config
+        size, conv = config.kernel_size, CausalFrameConv if config.causal else FrameConv
+        self.conv = conv(channels, channels, (size, 1), padding=(size // 2, 0), device=device, dtype=dtype)
+        if not self.conv.weight.is_meta:
+            with torch.no_grad():
+                self.conv.weight.zero_()
+                now = size - 1 if config.causal else size // 2
+                self.conv.weight[:, :, now, 0] = torch.eye(channels, device=device, dtype=dtype)
+                self.conv.bias.zero_()
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "n channels height width"],
+        *,
+        num_frames: int,
+        image_only: Bool[Tensor, "batch frames"] | None = None,
+    ) -> Float[Tensor, "n channels height width"]:
+        """Mix frames.
+
+        Args:
+            hidden_states: ``(batch * num_frames, channels, height, width)``, frames innermost.
+            num_frames: frames of a clip.
+            image_only: ``(batch, num_frames)``, true for frames that pass unchanged.
+
+        Returns:
+            The shape and dtype of ``hidden_states``.
+
+        Raises:
+            ValueError: if the batch is no multiple of ``num_frames``, or ``hidden_states`` has another shape.
+        """
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.channels:
+            raise ValueError(
+                f"TemporalConv: hidden_states: expected (batch * num_frames, {self.channels}, height, width), "
+                f"got {tuple(hidden_states.shape)}; fold the frames into the batch with fold_frames"
+            )
+        check_divisible("TemporalConv", hidden_states.shape[0], num_frames)
+        height, width = hidden_states.shape[-2:]
+        mixed = height_to_frames(self.conv(frames_to_height(hidden_states, num_frames)), height, width)
+        if image_only is None:
+            return mixed
+        return torch.where(image_only.reshape(-1, 1, 1, 1), hidden_states, mixed)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}"
