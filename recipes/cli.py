@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": ("temporal_layers.recipes.demo", "train temporal layers on a small image model and look at the result"),
+    "inspect": ("temporal_layers.recipes.inspect_model", "show what would be injected where, without loading weights"),
     "train image": ("temporal_layers.recipes.image", "train the image model: autoencoder, then UNet, on single frames"),
     "train video": ("temporal_layers.recipes.video", "train temporal layers with the image model frozen"),
 }
