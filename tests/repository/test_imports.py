@@ -9,26 +9,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = ["kernels", "temporal_layers", "adapters", "recipes"]
+LAYERS = ["kernels", "temporal_layers", "adapters", "recipes", "benchmarks"]
+
+# The benchmarks lie beside the kernels, whose results they hold, but measure them against everything to their right.
+BENCHMARKS = ROOT / "kernels" / "benchmarks"
 
 # Beyond the standard library. What is not named here may be imported in any layer that pyproject.toml serves.
 HEAVY = {"accelerate", "av", "diffusers", "matplotlib", "peft", "rich", "transformers", "triton", "tyro", "xformers"}
 ALLOWED_HEAVY = {
-    "kernels": {"triton"},
+    "kernels": {"triton", "xformers"},
     "temporal_layers": set(),
     "adapters": {"diffusers", "xformers"},
     "recipes": HEAVY - {"triton", "xformers"},
+    "benchmarks": {"diffusers", "matplotlib", "xformers"},
 }
 
 
 def sources():
     """Yields (layer, dotted module name, is a package, path) for every source file of the library."""
-    for layer in LAYERS:
+    for layer in LAYERS[:-1]:
         prefix = ["temporal_layers"] if layer == "temporal_layers" else ["temporal_layers", layer]
         for path in sorted(walk(ROOT / layer)):
             parts = list(path.relative_to(ROOT / layer).with_suffix("").parts)
             package = parts[-1] == "__init__"
-            yield layer, ".".join(prefix + (parts[:-1] if package else parts)), package, path
+            place = "benchmarks" if path.is_relative_to(BENCHMARKS) else layer
+            yield place, ".".join(prefix + (parts[:-1] if package else parts)), package, path
 
 
 def walk(folder):
@@ -66,6 +71,8 @@ def layer_of(name):
     first, *rest = name.split(".")
     if first != "temporal_layers":
         return None
+    if rest[:2] == ["kernels", "benchmarks"]:
+        return "benchmarks"
     return rest[0] if rest and rest[0] in LAYERS else "temporal_layers"
 
 
@@ -109,6 +116,8 @@ def test_imports_run_one_way():
         ("importlib.import_module('temporal_layers.adapters')", "kernels", "temporal_layers.kernels.checks", False),
         ("import kernels.dispatch", "adapters", "temporal_layers.adapters.inject", False),
         ("from adapters import inject", "recipes", "temporal_layers.recipes.cli", False),
+        ("from .benchmarks import cases", "kernels", "temporal_layers.kernels.testing", False),
+        ("import temporal_layers.kernels.benchmarks", "recipes", "temporal_layers.recipes.cli", False),
         ("import triton.language as tl", "temporal_layers", "temporal_layers.blend", False),
         ("try:\n    import diffusers\nexcept ImportError:\n    pass", "kernels", "temporal_layers.kernels.x", False),
     ],

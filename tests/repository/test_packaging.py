@@ -127,7 +127,7 @@ def test_declared_dependencies_are_the_imported_ones():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     declared = {requirement_name(line) for line in project["dependencies"]}
-    optional = {requirement_name(line) for line in extras["train"] + extras["xformers"]}
+    optional = {requirement_name(line) for line in extras["train"] + extras["bench"] + extras["xformers"]}
     imported = set()
     for name, path in tree():
         if name.endswith(".py"):
