@@ -27,6 +27,4 @@ def register_looped_vmap(operator: Any) -> None:
 
 def select(in_dims: tuple[int | None, ...], arguments: tuple[Any, ...], index: int) -> list[Any]:
     """Arguments of one example."""
-    return [
-        value if dim is None else value.select(dim, index) for dim, value in zip(in_dims, arguments, strict=True)
-    ]
+    return [value if dim is None else value.select(dim, index) for dim, value in zip(in_dims, arguments, strict=True)]

@@ -48,8 +48,8 @@ def alpha_blend(
         image_only: True for rows that return ``spatial`` bit for bit, even where ``temporal`` is NaN or
             infinite there, and that send no gradient to ``temporal`` and ``alpha``. Shape
             ``(batch, num_frames)`` or ``(batch*num_frames,)``.
-        impl: ``"auto"``, ``"fused"`` or ``"reference"``. There is no fused kernel yet: ``"auto"`` is the
-            reference and ``"fused"`` raises.
+        impl: ``"auto"`` takes the fused kernels on a GPU with triton and the reference elsewhere, ``"fused"`` and
+            ``"reference"`` insist on one. Gradients of gradients need the reference.
 
     Returns:
         The blend; shape and dtype of ``spatial``.
@@ -61,7 +61,10 @@ def alpha_blend(
     Source: Align your Latents, section 3.1, ``z' <- alpha z + (1 - alpha) z'``.
     """
     check_branches("alpha_blend", "spatial", spatial, "temporal", temporal, alpha, num_frames, channel_dim, image_only)
-    resolve_impl("alpha_blend", impl, spatial)
+    if resolve_impl("alpha_blend", impl, spatial, has_fused=True) is Impl.FUSED:
+        from temporal_layers.kernels.alpha_blend import fused  # imports triton
+
+        return fused.on_maps(spatial, temporal, alpha, num_frames, channel_dim, image_only, False)
     return reference.alpha_blend(spatial, temporal, alpha, num_frames, channel_dim, image_only)
 
 
@@ -94,8 +97,8 @@ def alpha_residual(
         image_only: True for rows that return ``hidden`` bit for bit, even where ``update`` is NaN or infinite
             there, and that send no gradient to ``update`` and ``alpha``. Shape ``(batch, num_frames)`` or
             ``(batch*num_frames,)``.
-        impl: ``"auto"``, ``"fused"`` or ``"reference"``. There is no fused kernel yet: ``"auto"`` is the
-            reference and ``"fused"`` raises.
+        impl: ``"auto"`` takes the fused kernels on a GPU with triton and the reference elsewhere, ``"fused"`` and
+            ``"reference"`` insist on one. Gradients of gradients need the reference.
 
     Returns:
         The weighted sum; shape and dtype of ``hidden``.
@@ -107,7 +110,10 @@ def alpha_residual(
     Source: Align your Latents, section 3.1, with ``z' = z + f(z)``.
     """
     check_branches("alpha_residual", "hidden", hidden, "update", update, alpha, num_frames, channel_dim, image_only)
-    resolve_impl("alpha_residual", impl, hidden)
+    if resolve_impl("alpha_residual", impl, hidden, has_fused=True) is Impl.FUSED:
+        from temporal_layers.kernels.alpha_blend import fused  # imports triton
+
+        return fused.on_maps(hidden, update, alpha, num_frames, channel_dim, image_only, True)
     return reference.alpha_residual(hidden, update, alpha, num_frames, channel_dim, image_only)
 
 

@@ -12,22 +12,7 @@ of memory format between input and output costs no pass.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def place(frames, chunks, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Clip, frame, chunk and channels of this program; channels vary fastest, so that neighbours share memory."""
-    pid = tl.program_id(0)
-    blocks: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    channel = (pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row = pid // blocks
-    frame = (row // chunks) % frames
-    return (row // chunks // frames).to(tl.int64), frame.to(tl.int64), row % chunks, channel
-
-
-@triton.jit
-def tile_at(ptr, pixel, channel, stride_pixel, stride_channel):
-    """Pointers to a tile of pixels and channels."""
-    return ptr + pixel.to(tl.int64)[:, None] * stride_pixel + channel.to(tl.int64)[None, :] * stride_channel
+from temporal_layers.kernels.walk import place, tile_at
 
 
 @triton.jit
