@@ -3,14 +3,17 @@
 import torch
 from torch import nn
 
+from temporal_layers.adapters.autoencoder import VideoAutoencoder
 from temporal_layers.adapters.config import TemporalConfig
 from temporal_layers.adapters.registry import HOSTS, find
-from temporal_layers.adapters.roots import ROOT_MIXINS
+from temporal_layers.adapters.roots import VideoUNet
 from temporal_layers.adapters.sites import InjectionSite, check_root
 from temporal_layers.adapters.state import TemporalState, unwrap_checkpointing, wrap_checkpointing
 from temporal_layers.adapters.swap import check_restorable, check_swappable, restore_class, site_mixin, swap_class
 
 __all__ = ["attach", "build_layers", "detach", "place_of"]
+
+ROOT_MIXINS: dict[str, type] = {"unet": VideoUNet, "autoencoder": VideoAutoencoder}
 
 
 def build_layers(
