@@ -1,8 +1,8 @@
-"""Pictures of clips for people: contact sheets, and two clips side by side under a caption."""
+"""Pictures of clips for people: contact sheets, and clips side by side under captions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -111,43 +111,51 @@ def contact_sheet(
 
 
 def side_by_side(
-    before: Float[Tensor, "3 frames height width"],
-    after: Float[Tensor, "3 frames height width"],
-    labels: tuple[str, str] = ("frame by frame", "with temporal layers"),
+    columns: Mapping[str, Float[Tensor, "3 frames height width"] | Sequence[Float[Tensor, "3 frames height width"]]],
     *,
     scale: int = 1,
     resample: Literal["lanczos", "nearest"] = "lanczos",
 ) -> Float[Tensor, "3 frames tall wide"]:
-    """Two clips next to each other, each under its caption: one clip to animate.
+    """Clips next to each other, each column under its caption: one clip to animate.
 
     Args:
-        before: left clip, floating, in [0, 1].
-        after: right clip, of the same shape.
-        labels: captions of the two.
+        columns: caption to a clip, or to several to stand below each other; floating, in [0, 1], all of one shape and
+            as many in each column.
         scale: whole-number enlargement.
         resample: filter of the enlargement.
 
     Returns:
-        float32 clip ``(3, frames, bar + scale * height, 2 * scale * width + gap)`` in [0, 1].
+        float32 clip in [0, 1], clips ``scale`` times as large and 4 pixels apart under a bar with the captions.
 
     Raises:
-        ValueError: clips of different shapes, or a bad argument.
+        ValueError: no clips, clips of different shapes, columns of different length, or a bad argument.
     """
     _check_scale("side_by_side", scale, resample)
-    clips = {"before": before, "after": after}
-    _check_same_shape("side_by_side", clips)
-    left, right = (_images(check_clip("side_by_side", clip), scale, resample) for clip in clips.values())
-    width, height = left[0].size
-    gap = 4
+    stacks = {
+        label: [clips] if isinstance(clips, Tensor) and clips.ndim == 4 else list(clips)
+        for label, clips in columns.items()
+    }
+    counts = {label: len(stack) for label, stack in stacks.items()}
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        raise ValueError(f"side_by_side: columns: expected as many clips in each, at least one, got {counts}")
+    _check_same_shape(
+        "side_by_side", {f"{label} {i}": c for label, stack in stacks.items() for i, c in enumerate(stack)}
+    )
+    images = [
+        [_images(check_clip("side_by_side", clip), scale, resample) for clip in stack] for stack in stacks.values()
+    ]
+    (width, height), num_frames, gap = images[0][0][0].size, len(images[0][0]), 4
     font = _font(max(9, min(28, width // 13)))
     bar = int(font.size * 1.8)
-    canvas = Image.new("RGB", (2 * width + gap, bar + height), _PAPER)
+    num_rows = len(images[0])
+    canvas = Image.new("RGB", (len(images) * (width + gap) - gap, bar + num_rows * (height + gap) - gap), _PAPER)
     draw = ImageDraw.Draw(canvas)
-    for x, label in zip((width // 2, width + gap + width // 2), labels, strict=True):
-        draw.text((x, bar // 2), label, fill=_INK, font=font, anchor="mm")
+    for column, label in enumerate(stacks):
+        draw.text((column * (width + gap) + width // 2, bar // 2), label, fill=_INK, font=font, anchor="mm")
     arrays = []
-    for image_left, image_right in zip(left, right, strict=True):
-        canvas.paste(image_left, (0, bar))
-        canvas.paste(image_right, (width + gap, bar))
+    for frame in range(num_frames):
+        for column, stack in enumerate(images):
+            for row, clip in enumerate(stack):
+                canvas.paste(clip[frame], (column * (width + gap), bar + row * (height + gap)))
         arrays.append(np.array(canvas))
     return rearrange(torch.from_numpy(np.stack(arrays)), "f h w c -> c f h w").float() / 255

@@ -8,9 +8,10 @@ schedule and its kind of prediction stay as they are. Latents are computed once.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,6 +178,7 @@ def train_video(
     accelerator: Accelerator | None = None,
     run: RunFolder | None = None,
     progress: bool = True,
+    on_checkpoint: Callable[[TemporalAdapter, int], None] | None = None,
 ) -> tuple[TemporalAdapter, list[float]]:
     """Inject temporal layers into ``base.unet`` and train them with the image model frozen.
 
@@ -193,6 +195,8 @@ def train_video(
         accelerator: Device and precision; a default one if None.
         run: Folder that gets the losses.
         progress: Whether to show a progress bar.
+        on_checkpoint: Called every ``config.checkpoint_every`` steps with the adapter, averaged weights in place, and
+            the number of finished steps.
 
     Returns:
         The adapter, frozen image model included, and the loss of each step.
@@ -229,6 +233,7 @@ def train_video(
         accelerator=accelerator,
         run=run,
         progress=progress,
+        on_checkpoint=None if on_checkpoint is None else functools.partial(on_checkpoint, adapter),
     )
     base.unet.eval()
     return adapter, history
@@ -336,6 +341,7 @@ def run_video_stage(config: VideoConfig) -> TemporalAdapter:
         seed=config.seed + 7919 * accelerator.process_index,
         accelerator=accelerator,
         run=run,
+        on_checkpoint=lambda made, step: made.save_pretrained(config.out / f"adapter-{step}") if run else None,
     )
     if run is not None:
         adapter.save_pretrained(config.out / "adapter")

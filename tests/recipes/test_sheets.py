@@ -58,20 +58,28 @@ def test_nearest_keeps_pixels_and_lanczos_smoothes(tmp_path):
     assert len(values[1]) > 10
 
 
-def test_side_by_side_holds_both_clips_unchanged():
-    before, after = torch.rand(3, 5, 24, 40), torch.rand(3, 5, 24, 40)
-    joined = side_by_side(before, after)
-    bar = joined.shape[2] - 24
-    assert joined.shape == (3, 5, bar + 24, 84) and bar > 10
-    assert (joined[:, :, bar:, :40] - before).abs().max() <= 0.5 / 255 + 1e-6
-    assert (joined[:, :, bar:, 44:] - after).abs().max() <= 0.5 / 255 + 1e-6
+def test_side_by_side_holds_all_clips_unchanged():
+    clips = torch.rand(3, 2, 3, 5, 24, 40)  # columns, rows, then the clip
+    joined = side_by_side({"a": clips[0], "b": clips[1], "c": clips[2]})
+    bar = joined.shape[2] - 52
+    assert joined.shape == (3, 5, bar + 52, 128) and bar > 10
+    for column in range(3):
+        for row in range(2):
+            left, top = 44 * column, bar + 28 * row
+            held = joined[:, :, top : top + 24, left : left + 40]
+            assert (held - clips[column, row]).abs().max() <= 0.5 / 255 + 1e-6
     assert torch.equal(joined[:, :1, :bar].expand(-1, 5, -1, -1), joined[:, :, :bar])  # the caption stands still
+
+
+def test_a_single_clip_is_a_column_of_one():
+    clip = torch.rand(3, 2, 24, 40)
+    assert torch.equal(side_by_side({"a": clip, "b": clip}), side_by_side({"a": [clip], "b": [clip]}))
 
 
 def test_captions_are_drawn_over_their_clip():
     clip = torch.zeros(3, 1, 24, 120)
-    left = side_by_side(clip, clip, ("caption", ""), scale=2)[0, 0, :30]
-    right = side_by_side(clip, clip, ("", "caption"), scale=2)[0, 0, :30]
+    left = side_by_side({"caption": clip, "": clip}, scale=2)[0, 0, :30]
+    right = side_by_side({"": clip, "caption": clip}, scale=2)[0, 0, :30]
     assert left[:, :240].max() > 0.5 > left[:, 244:].max()
     assert right[:, 244:].max() > 0.5 > right[:, :240].max()
 
@@ -91,7 +99,11 @@ def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"contact_sheet: frames: expected values in \[0, 1\], got \[5, 5\]"):
         contact_sheet({"a": clip + 4.5}, path)
     with pytest.raises(ValueError, match="side_by_side: expected clips of one shape"):
-        side_by_side(clip, clip[..., :-1])
+        side_by_side({"a": clip, "b": clip[..., :-1]})
     with pytest.raises(ValueError, match="side_by_side: scale: expected 1 or more, got -1"):
-        side_by_side(clip, clip, scale=-1)
+        side_by_side({"a": clip}, scale=-1)
+    with pytest.raises(ValueError, match=r"side_by_side: columns: expected as many .* got {'a': 1, 'b': 2}"):
+        side_by_side({"a": clip, "b": [clip, clip]})
+    with pytest.raises(ValueError, match=r"side_by_side: columns: .* got {}"):
+        side_by_side({})
     assert not path.exists()
