@@ -105,10 +105,16 @@ def check_alike(op: str, argument: str, x: Tensor, like: Tensor, like_name: str)
         )  # fmt: skip
 
 
+# Devices without autocast, such as meta, raise when asked whether it is on. Asked here, once: torch.compile cannot
+# trace the question in torch 2.11.
+AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(kind)
+)
+
+
 def is_autocast(device_type: str) -> bool:
     """Whether autocast is on for a kind of device."""
-    # Devices without autocast, such as meta, raise when asked whether it is on.
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def check_shape(op: str, argument: str, x: Tensor, shape: Sequence[int], meaning: str, advice: str) -> None:

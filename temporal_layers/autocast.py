@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from temporal_layers.kernels.checks import is_autocast
+
 __all__ = ["autocast_to"]
 
 
@@ -19,7 +21,4 @@ def autocast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         ``x``, cast or as it is.
     """
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return x.to(dtype)
-    return x
+    return x.to(dtype) if is_autocast(x.device.type) else x
