@@ -12,7 +12,9 @@ from torch import nn
 from temporal_layers import AlphaBlend
 from temporal_layers.adapters import files
 from temporal_layers.adapters.attach import attach, build_layers, detach, place_of
+from temporal_layers.adapters.chunks import plan_chunks
 from temporal_layers.adapters.config import TemporalConfig
+from temporal_layers.adapters.reach import receptive_field, unbounded_layers
 from temporal_layers.adapters.sites import InjectionSite, plan
 from temporal_layers.adapters.state import TemporalState
 
@@ -122,6 +124,43 @@ class TemporalAdapter:
                 f"TemporalAdapter.num_frames: expected a whole number of at least 1, or None for images, got {value!r}"
             )
         self._state.default_num_frames = value
+
+    @property
+    def receptive_field(self) -> tuple[int, int] | None:
+        """Frames ``(past, future)`` that a decoded frame depends on; ``None`` for the whole clip. Autoencoders only.
+
+        Of one pass through the decoder: a consistency decoder makes several.
+        """
+        return receptive_field(self.model, self.sites)
+
+    @property
+    def unbounded_layers(self) -> dict[str, str]:
+        """The layers in which a frame sees the whole clip, by the name of their site, and why."""
+        return unbounded_layers(self.model, self.sites)
+
+    def enable_temporal_chunking(self, num_frames: int, overlap: int | None = None) -> "TemporalAdapter":
+        """Decode clips in chunks over time, so that memory does not grow with their length. Returns the adapter.
+
+        Clips go one at a time, and at most ``num_frames`` frames plus the overlap on both sides at once.
+
+        Args:
+            num_frames: frames of a chunk.
+            overlap: frames decoded in addition on each side of a chunk. ``None`` takes :attr:`receptive_field`, with
+                which the result is that of the whole clip, up to rounding; so is any overlap that is no smaller. With
+                a smaller one the result is an approximation: neighbouring chunks are blended linearly.
+
+        Raises:
+            ValueError: if ``overlap`` is ``None`` where no chunks give the result of the whole clip (the text names
+                the layer), is more than half a chunk where chunks are blended, the model is no autoencoder, or an
+                alpha is per frame.
+        """
+        self._state.chunking = plan_chunks(self.model, self._state, num_frames, overlap)
+        return self
+
+    def disable_temporal_chunking(self) -> "TemporalAdapter":
+        """Decode clips as a whole again. Returns the adapter."""
+        self._state.chunking = None
+        return self
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

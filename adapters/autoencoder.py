@@ -1,12 +1,16 @@
 """Mixin of the swapped root autoencoder: clips through encode and decode."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch import Tensor
+from torch import Tensor, nn
 
+from temporal_layers.adapters.chunks import InPieces
+from temporal_layers.adapters.registry import MODELS, find
 from temporal_layers.adapters.roots import PerFrame, VideoModel
 from temporal_layers.frames import fold_frames, unfold_frames
 
@@ -43,44 +47,54 @@ class VideoAutoencoder(VideoModel):
 
         Tensors among the other arguments (the mask and the image of an inpainting decoder) are folded like clips or
         repeated for each frame. With ``enable_slicing()`` clips are decoded one at a time, which is exact; slicing
-        into frames would not be.
+        into frames would not be. With the adapter's ``enable_temporal_chunking()`` they are cut further.
         """
         state = self._temporal_state
         num_frames = state.begin(type(self).__name__, z)
-        if not state.active and z.ndim == 4:
+        if num_frames is None or (not state.active and z.ndim == 4):
             return super().decode(z, *args, **kwargs)
         slicing = getattr(self, "use_slicing", False)
+        if not slicing and state.chunking is None:
+            return self._decode_clips(z, num_frames, args, kwargs)
+        total = z.shape[0] if z.ndim == 4 else z.shape[0] * num_frames
+        pieces = functools.partial(InPieces, state=state, num_frames=num_frames, chunking=state.chunking)
         if slicing:
             self.use_slicing = False  # it would cut clips into frames
         try:
-            if z.ndim == 4:
-                return self._decode_folded(z, args, kwargs, num_frames if slicing else None)
-            repeat = PerFrame(type(self).__name__, z.shape[0], num_frames)
-            args = tuple(repeat("decode", value) for value in args)
-            kwargs = {name: repeat(name, value) for name, value in kwargs.items()}
-            decoded = self._decode_folded(fold_frames(z), args, kwargs, num_frames if slicing else None)
-            return _unfold_output(decoded, num_frames)
+            if total == num_frames and (state.chunking is None or num_frames <= state.chunking.num_frames):
+                return self._decode_clips(z, num_frames, args, kwargs)
+            with _standing_in(self, pieces):
+                return self._decode_clips(z, num_frames, args, kwargs)
         finally:
             if slicing:
                 self.use_slicing = True
 
-    def _decode_folded(self, z: Tensor, args: tuple, kwargs: dict[str, Any], at_a_time: int | None) -> Any:
-        """Decode frames folded into the batch: all at once, or ``at_a_time`` of them."""
-        if at_a_time is None or len(z) == at_a_time:
+    def _decode_clips(self, z: Tensor, num_frames: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if z.ndim == 4:
             return super().decode(z, *args, **kwargs)
-        total, pieces = len(z), []
+        repeat = PerFrame(type(self).__name__, z.shape[0], num_frames)
+        args = tuple(repeat("decode", value) for value in args)
+        kwargs = {name: repeat(name, value) for name, value in kwargs.items()}
+        return _unfold_output(super().decode(fold_frames(z), *args, **kwargs), num_frames)
 
-        def part(value: Any, rows: slice) -> Any:
-            return value[rows] if torch.is_tensor(value) and value.ndim > 0 and len(value) == total else value
 
-        for start in range(0, total, at_a_time):
-            rows = slice(start, start + at_a_time)
-            some = {name: part(value, rows) for name, value in kwargs.items()}
-            pieces.append(super().decode(z[rows], *(part(value, rows) for value in args), **some))
-        if isinstance(pieces[0], tuple):
-            return (torch.cat([piece[0] for piece in pieces]), *pieces[0][1:])
-        pieces[0].sample = torch.cat([piece.sample for piece in pieces])
-        return pieces[0]
+@contextmanager
+def _standing_in(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+    """Put what ``make`` makes of the decoder in its place while the body runs."""
+    part = find(MODELS, type(model)).part
+    if part is None:
+        raise ValueError(
+            f"{type(model).__name__}: expected a registration that names the part with the layers, for slicing, got "
+            "none; pass it to register_model, or call disable_slicing()"
+        )
+    path, _, name = part.rpartition(".")
+    owner = model.get_submodule(path)
+    decoder = owner._modules[name]
+    owner._modules[name] = make(decoder)
+    try:
+        yield
+    finally:
+        owner._modules[name] = decoder
 
 
 def _unfold_output(output: Any, num_frames: Any) -> Any:

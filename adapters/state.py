@@ -24,6 +24,8 @@ class TemporalState:
         sites: where.
         enabled: whether the temporal layers run at all; read when a call of the model begins.
         default_num_frames: clip length of 4-D input; ``None`` makes 4-D input plain images.
+        chunking: how an autoencoder cuts clips to decode them (:class:`~temporal_layers.adapters.chunks.Chunking`);
+            ``None`` to decode them whole.
         num_frames: clip length the temporal layers work with; ``None`` where they do not run.
         image_only: ``(batch, num_frames)`` bool, true for frames that bypass the temporal layers, or ``None``.
         frozen: ``requires_grad`` of the image model's parameters before ``freeze()``, by name; ``None`` if not frozen.
@@ -35,6 +37,7 @@ class TemporalState:
         self.sites = sites
         self.enabled = True
         self.default_num_frames: int | None = None
+        self.chunking: Any = None
         self.num_frames: Any = None
         self.image_only: Tensor | None = None
         self.frozen: dict[str, bool] | None = None
