@@ -121,9 +121,32 @@ def demo(here, arguments):
 
 @command
 def test(here, arguments):
-    """Runs the tests. Arguments go to pytest, paths count from the repository: dev.py test -k blend"""
+    """Runs the tests; after --interpret or --compile, the kernels' tests in that way. The rest goes to pytest."""
+    mode, *rest = arguments if arguments[:1] in (["--interpret"], ["--compile"]) else (None, *arguments)
     # One thread per worker: two workers share the cores, and reductions come out in the same order everywhere.
-    return prepare(here).run("-m", "pytest", "-n", "2", *arguments, cwd=ROOT, OMP_NUM_THREADS="1")
+    variables = {"OMP_NUM_THREADS": "1"}
+    if mode == "--interpret":
+        variables["TRITON_INTERPRET"] = "1"  # triton reads it once, when it is imported: a process is in one mode
+        rest = ["tests/kernels", *rest]
+    elif mode == "--compile":
+        rest = ["-m", "slow or not slow", "tests/aot", *rest]
+    return prepare(here).run("-m", "pytest", "-n", "2", *rest, cwd=ROOT, **variables)
+
+
+@command
+def bench(here, arguments):
+    """Measures operators and layers against their peers, on the GPU if there is one. See bench --help."""
+    # One thread, as the CPU's figures are stated for; a GPU is driven by one anyway.
+    environment = prepare(here)
+    return environment.run("-m", "temporal_layers.kernels.benchmarks", *arguments, OMP_NUM_THREADS="1")
+
+
+@command
+def resources(here, arguments):
+    """Compiles the fused kernels for three GPUs, none of which is needed; renews the table of what they take."""
+    if arguments:
+        raise SetupError(f"resources takes no arguments, not: {' '.join(arguments)}")
+    return prepare(here).run(str(ROOT / "tests" / "aot" / "resources.py"), OMP_NUM_THREADS="1")
 
 
 @command
@@ -345,7 +368,7 @@ def main(arguments):
     if here:
         arguments = [argument for index, argument in enumerate(arguments) if index > 1 or argument != "--here"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(__doc__, *(f"    {name:<7} {function.__doc__}" for name, function in COMMANDS.items()), sep="\n")
+        print(__doc__, *(f"    {name:<9} {function.__doc__}" for name, function in COMMANDS.items()), sep="\n")
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:

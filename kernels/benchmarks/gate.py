@@ -9,9 +9,9 @@ from torch import Tensor
 from temporal_layers.kernels.benchmarks.workloads import Function, Provider, Workload
 from temporal_layers.kernels.testing import assert_within_budget
 
-# This library may be twice as far from the float64 oracle as its formula evaluated in plain PyTorch. A parameter's
-# gradient is a sum over the whole activation, whose rounding depends on the order of summation: there, ten times.
-OURS, OUR_SUMS = 2.0, 10.0
+# This library may be four times as far from the float64 oracle as its formula evaluated in plain PyTorch. The tests
+# hold the kernels to two times PyTorch's own operators, whose group norm on a CPU is that far off already.
+OURS = 4.0
 
 # A peer may round where it pleases: the gate only asks whether it computes the same thing. In units of the activation's
 # rounding.
@@ -45,11 +45,36 @@ def expect(workload: Workload, *, backward: bool) -> Expected:
     oracle = evaluate(workload, torch.float64, upstream if backward else None)
     baseline = evaluate(workload, narrow, upstream if backward else None)
     magnitudes: list[Tensor | None] = [None] * len(oracle)
+    count = workload.activations
+    if backward:
+        magnitudes[1 + count :] = [
+            magnitude_of_sum(gradient, upstream.numel() // gradient.numel(), x.dtype)
+            for gradient, x in zip(oracle[1 + count :], workload.inputs[count:], strict=True)
+        ]
     if backward and workload.terms is not None:
         wide = (x.double() for x in (*workload.inputs, upstream))
         magnitudes[-1] = workload.terms(*wide).abs().sum()
     dtypes = [workload.inputs[0].dtype, *(x.dtype for x in workload.inputs)]
-    return Expected(oracle, [x.to(d) for x, d in zip(baseline, dtypes, strict=False)], magnitudes, upstream)
+    baseline = [x.to(dtype) for x, dtype in zip(baseline, dtypes, strict=False)]
+    return Expected(oracle, baseline, magnitudes, upstream)
+
+
+def magnitude_of_sum(gradient: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
+    """What the rounding of a parameter's gradient is relative to, which depends on the order of its summation.
+
+    The terms have random signs, so their absolute values add up to about ``sqrt(terms)`` times the sum. They are added
+    in fp32; in 16 bits only the sum is rounded.
+
+    Args:
+        gradient: The gradient in float64.
+        terms: Number of terms of each of its sums.
+        dtype: What the sum is rounded to.
+
+    Returns:
+        The magnitude; a rounding to ``dtype`` is relative to it.
+    """
+    size = gradient.square().mean().sqrt() * terms**0.5
+    return gradient.abs() + size * (torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
 
 
 def evaluate(workload: Workload, dtype: torch.dtype, upstream: Tensor | None) -> list[Tensor]:
@@ -92,12 +117,11 @@ def check(workload: Workload, provider: Provider, function: Function, expected: 
     with NanInEmptyMemory() if provider.ours else nullcontext():
         got = outcome(on_frames, list(workload.inputs), expected.upstream if backward else None)
     names = ["output", *(f"gradient {index}" for index in range(len(workload.inputs)))]
-    for index, (name, actual, oracle, baseline, magnitude) in enumerate(
-        zip(names, got, expected.oracle, expected.baseline, expected.magnitudes, strict=False)
+    for name, actual, oracle, baseline, magnitude in zip(
+        names, got, expected.oracle, expected.baseline, expected.magnitudes, strict=False
     ):
         if provider.ours:
-            factor = OURS if index <= count else OUR_SUMS
-            assert_within_budget(actual, oracle, baseline, magnitude=magnitude, factor=factor, what=name)
+            assert_within_budget(actual, oracle, baseline, magnitude=magnitude, factor=OURS, what=name)
         else:
             eps = torch.finfo(workload.inputs[0].dtype).eps
             assert_same(actual, oracle, baseline, oracle if magnitude is None else magnitude, eps, name)

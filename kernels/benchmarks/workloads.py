@@ -216,7 +216,10 @@ class OnReferences(torch.nn.Module):
 
 
 def layer_providers(make: Function, diffusers: Function, eager: Function, p: dict[str, Tensor]) -> tuple[Provider, ...]:
-    """The providers of a layer, which takes frames as the spatial layer before it leaves them."""
+    """The providers of a layer, which takes frames as the spatial layer before it leaves them.
+
+    ``eager`` is for a GPU machine without diffusers; on a CPU it would only take time.
+    """
     frames = frames_layout()
     return (
         Provider("fused", make, gpu_only=True, ours=True),
@@ -224,7 +227,7 @@ def layer_providers(make: Function, diffusers: Function, eager: Function, p: dic
         Provider("reference, NCHW", lambda: OnReferences(make()), frames, ours=True),
         Provider("diffusers", diffusers, frames),
         Provider("diffusers, channels-last", diffusers),
-        Provider("eager", lambda: layers.Weighted(eager, p), frames),
+        Provider("eager", lambda: layers.Weighted(eager, p), frames, gpu_only=True),
         Provider("torch.compile", lambda: torch.compile(layers.Weighted(eager, p), dynamic=False), frames),
     )
 

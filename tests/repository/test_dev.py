@@ -71,6 +71,35 @@ def test_first_call_sets_up_and_second_does_not(dev, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "pytest_arguments", "interpreted"),
+    [
+        (["--interpret", "-k", "norm"], ["tests/kernels", "-k", "norm"], "1"),
+        (["--compile", "-x"], ["-m", "slow or not slow", "tests/aot", "-x"], None),
+        (["-k", "--compile"], ["-k", "--compile"], None),
+    ],
+)
+def test_modes_of_the_tests(dev, monkeypatch, arguments, pytest_arguments, interpreted):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dev.main(["setup"])
+    assert dev.main(["test", *arguments]) == 0
+    tests, options = dev.calls[-1]
+    assert tests[2:] == ["-m", "pytest", "-n", "2", *pytest_arguments]
+    assert options["cwd"] == dev.ROOT
+    assert options["env"]["OMP_NUM_THREADS"] == "1"
+    assert options["env"].get("TRITON_INTERPRET") == interpreted
+
+
+def test_benchmarks_and_resources_run_what_they_name(dev):
+    dev.main(["setup"])
+    dev.main(["bench", "--smoke"])
+    command, options = dev.calls[-1]
+    assert command[2:] == ["-m", "temporal_layers.kernels.benchmarks", "--smoke"]
+    assert options["env"]["OMP_NUM_THREADS"] == "1"
+    dev.main(["resources"])
+    assert dev.calls[-1][0][2:] == [str(dev.ROOT / "tests" / "aot" / "resources.py")]
+
+
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", ".venv/pyvenv.cfg"])
 def test_a_change_sets_up_again_in_the_same_environment(dev, name):
     dev.main(["setup"])
@@ -281,8 +310,9 @@ def test_clean_does_not_saw_off_its_branch(dev, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        (["tset"], 2, "unknown command 'tset'; there are: clean, demo, lint, setup, test"),
+        (["tset"], 2, "unknown command 'tset'; there are: bench, clean, demo, lint, resources, setup, test"),
         (["setup", "now"], 1, "setup takes no arguments, not: now"),
+        (["resources", "sm_90"], 1, "resources takes no arguments, not: sm_90"),
         (["lint", "src"], 1, "lint takes --fix or nothing, not: src"),
         (["clean", "--here"], 1, "never touches an environment other than .venv"),
     ],
