@@ -2,8 +2,8 @@
 
 import importlib.util
 from enum import StrEnum
-from functools import cache
 
+import torch
 from torch import Tensor
 
 from temporal_layers.kernels.checks import invalid
@@ -26,9 +26,10 @@ class Impl(StrEnum):
     XFORMERS = "xformers"
 
 
-@cache
+@torch.compiler.assume_constant_result
 def has_triton() -> bool:
     """Whether triton is installed. Looks for it without importing it."""
+    # No cache of functools: torch.compile warns of one. Once triton is loaded, this is a look into sys.modules.
     return importlib.util.find_spec("triton") is not None
 
 

@@ -12,7 +12,7 @@ from temporal_layers.kernels.layout import is_channels_last
 from temporal_layers.kernels.vmap import register_looped_vmap
 from temporal_layers.kernels.walk import Walk, compute_dtype, triton_dtype, walk, with_pixels
 
-FOLD_TILE = 2048  # partial results that a folding program holds at once
+FOLD_TILE = 1024  # partial results that a folding program holds at once
 
 
 def launch_fold(kernel: object, walked: Walk, num_groups: int, *arguments: object, **options: object) -> None:
@@ -106,8 +106,8 @@ def backward(
     to_mean, to_rstd = (torch.empty_like(mean) for _ in range(2))
     size = float(x.shape[1:].numel() // num_groups * num_frames)
     launch_fold(
-        kernels.fold_gradient_sums_kernel, reading, num_groups, part_bias, part_weight, weight, to_bias, to_weight, to_mean,
-        to_rstd, reading.parts, size, **options,
+        kernels.fold_gradient_sums_kernel, reading, num_groups, part_bias, part_weight, weight, to_bias, to_weight,
+        to_mean, to_rstd, reading.parts, size, **options,
     )  # fmt: skip
     if needs_x:
         all_three = walk(num_frames, x, grad, to_x, tile_elements=walks.BACKWARD_TILE)

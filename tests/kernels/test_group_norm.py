@@ -121,3 +121,161 @@ def test_frames_share_statistics_within_their_clip_only():
 
 def test_empty_batch():
     assert group_norm(torch.empty(0, 4, 3, 3), 2, num_frames=3, activation="silu").shape == (0, 4, 3, 3)
+
+
+# The fused kernels. They run on a GPU or interpreted; elsewhere the fixture ``device`` skips these tests.
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FUSED = {  # batch, frames, channels, groups, height, width; statistics over the clip?; layout; dtype; affine; SiLU
+    "clip-bf16": ((2, 3, 48, 32 // 2, 5, 7), True, "channels_last", BF16, (True, True), True),
+    "clip-fp16": ((1, 2, 320, 32, 3, 5), True, "channels_last", FP16, (True, True), True),
+    "clip-fp32-nchw": ((2, 3, 12, 4, 5, 7), True, "contiguous", FP32, (True, True), True),
+    "clip-fp32-strided": ((2, 2, 12, 12, 3, 5), True, "strided", FP32, (True, True), False),
+    "frames-bf16-nchw": ((2, 2, 48, 1, 4, 4), False, "contiguous", BF16, (True, True), True),
+    "frames-fp32": ((1, 3, 12, 3, 6, 9), False, "channels_last", FP32, (True, True), True),
+    "plain-fp32": ((1, 2, 6, 3, 5, 5), True, "channels_last", FP32, (False, False), False),
+    "weight-alone-bf16": ((1, 2, 6, 3, 5, 5), True, "channels_last", BF16, (True, False), True),
+    "bias-alone-fp32": ((1, 2, 6, 3, 5, 5), True, "contiguous", FP32, (False, True), True),
+    "one-pixel-fp32": ((2, 4, 16, 2, 1, 1), True, "contiguous", FP32, (True, True), True),
+    "many-chunks-fp32": ((1, 2, 4, 2, 70, 61), True, "channels_last", FP32, (True, True), True),
+}
+
+
+def fused_inputs(shape, layout, dtype, affine, device):
+    """Input and parameters of a case of ``FUSED``, with a mean that is not zero."""
+    batch, frames, channels, _, height, width = shape
+    x = random_map(batch * frames, channels, height, width, dtype=dtype, layout=layout, device=device)
+    x.mul_(2).add_(0.5)  # in place, so that the strides stay
+    parameters = [random_normal((channels,), 1 + i).to(device, dtype) for i, use in enumerate(affine) if use]
+    return [x, *parameters]
+
+
+def fused_call(function, affine, *arguments):
+    """``function(x, weight, bias, *arguments)`` as a function of the tensors that there are."""
+
+    def call(x, *parameters):
+        given = iter(parameters)
+        return function(x, *(next(given) if use else None for use in affine), *arguments)
+
+    return call
+
+
+def fused(x, weight, bias, num_groups, num_frames, eps, activation):
+    return group_norm(
+        x, num_groups, weight, bias, num_frames=num_frames, eps=eps, activation=activation, impl="fused"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_fused_matches_the_definition(case, device):
+    shape, over_clip, layout, dtype, affine, silu = FUSED[case]
+    inputs = fused_inputs(shape, layout, dtype, affine, device)
+    arguments = (affine, shape[3], shape[1] if over_clip else 1, 1e-5, "silu" if silu else None)
+    actual, expected, plain = (
+        with_gradients(fused_call(function, *arguments), *tensors, dtype=dtype)
+        for function, tensors in ((fused, inputs), (definition, [x.double() for x in inputs]), (on_5d, inputs))
+    )
+    for what, *tensors in zip(("result", "x", "weight", "bias"), actual, expected, plain, strict=False):
+        assert_within_budget(*tensors, what=what)
+    kept = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    assert actual[0].is_contiguous(memory_format=kept) and actual[1].is_contiguous(memory_format=kept)
+
+
+def test_fused_gradients_in_fp64(device):
+    x = random_map(2, 4, 2, 2, dtype=torch.float64, device=device).requires_grad_()
+    weight, bias = (random_normal((4,), seed).to(device).requires_grad_() for seed in (1, 2))
+    assert torch.autograd.gradcheck(
+        lambda *tensors: group_norm(tensors[0], 2, *tensors[1:], num_frames=2, activation="silu", impl="fused"),
+        (x, weight, bias), fast_mode=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("offset", [1e3, -3e4])
+def test_fused_survives_a_mean_far_from_zero(offset, device):
+    # Squares of these values leave fp32 no digit for the variance. The first pixel of a chunk is an outlier as well.
+    x = random_map(4, 8, 9, 10, device=device) + offset
+    x[:, :, 0, 0] += 50
+    expected = definition(x.double(), None, None, 2, 2, 1e-5, None)
+    actual = group_norm(x, 2, num_frames=2, impl="fused")
+    assert_within_budget(actual, expected, on_5d(x.contiguous(), None, None, 2, 2, 1e-5, None))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_fused_writes_the_whole_result_and_nothing_else(layout, channels_last, device, monkeypatch):
+    from temporal_layers.kernels.group_norm import fused as launchers
+
+    rooms = []
+
+    def among_nan(x, channels_last):
+        rows, channels, *size = x.shape
+        shape = (rows + 2, *size, channels + 5) if channels_last else (rows + 2, channels + 5, *size)
+        room = torch.full(shape, torch.nan, dtype=x.dtype, device=x.device)
+        window = (room.movedim(-1, 1) if channels_last else room)[1:-1, 2:-3]
+        rooms.append((room, window))
+        return window
+
+    x, grad = (random_map(4, 12, 5, 7, layout=layout, seed=seed, device=device) for seed in (0, 1))
+    _, mean, rstd = plain = launchers.forward(x, 3, None, None, 2, 1e-5, True, channels_last)
+    plain = plain[0], launchers.backward(grad, x, mean, rstd, None, None, 2, True, True)[0]
+    monkeypatch.setattr(launchers.walks, "empty_map", among_nan)
+    y, *_ = launchers.forward(x, 3, None, None, 2, 1e-5, True, channels_last)
+    to_x, *_ = launchers.backward(grad, x, mean, rstd, None, None, 2, True, True)
+    assert torch.equal(y, plain[0]) and torch.equal(to_x, plain[1])
+    for room, window in rooms:
+        assert room.isnan().sum() == room.numel() - window.numel()
+
+
+def test_fused_repeats_bit_for_bit(device):
+    inputs = fused_inputs((2, 2, 12, 4, 9, 11), "channels_last", FP32, (True, True), device)
+    call = fused_call(fused, (True, True), 4, 2, 1e-5, "silu")
+    first, second = (with_gradients(call, *inputs, dtype=FP32) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_fused_reaches_beyond_two_to_the_31(device):
+    # Only the touched pages of this memory exist. The last frame begins at element 3 * 2**30.
+    room = torch.empty(3 * 2**30 + 64, dtype=FP16, device=device)
+    x = room.as_strided((4, 4, 2, 4), (2**30, 8, 4, 1)).copy_(random_map(4, 4, 2, 4, dtype=FP16))
+    leaf, copy = (tensor.detach().requires_grad_() for tensor in (x, x.clone()))
+    far, near = (group_norm(tensor, 2, num_frames=2, activation="silu", impl="fused") for tensor in (leaf, copy))
+    assert torch.equal(far, near)
+    gradients = [torch.autograd.grad(y, leaf, torch.ones_like(y)) for y, leaf in ((far, leaf), (near, copy))]
+    assert torch.equal(gradients[0][0], gradients[1][0])
+
+
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_fused_is_an_operator_of_pytorch(needs_x, device):
+    from temporal_layers.kernels.group_norm.fused import group_norm as operator
+
+    x, weight, bias = fused_inputs((2, 2, 6, 3, 2, 3), "channels_last", FP32, (True, True), device)
+    inputs = (x.requires_grad_(needs_x), 3, weight.requires_grad_(), bias.requires_grad_(), 2, 1e-5, True, True)
+    torch.library.opcheck(operator, inputs)
+
+
+def test_fused_in_programs(device):
+    x, weight, bias = fused_inputs((2, 2, 6, 3, 2, 3), "channels_last", FP32, (True, True), device)
+
+    class Norm(torch.nn.Module):
+        def forward(self, x, weight, bias):
+            return group_norm(x, 3, weight, bias, num_frames=2, activation="silu", impl="fused")
+
+    module = Norm()
+    expected = with_gradients(module, x, weight, bias, dtype=FP32)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for got, want in zip(with_gradients(compiled, x, weight, bias, dtype=FP32), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    program = torch.export.export(module, (x, weight, bias))
+    torch.testing.assert_close(program.module()(x, weight, bias), expected[0])
+    mapped = torch.func.vmap(module, in_dims=(None, 0, 0))(x, torch.stack([weight, bias]), torch.stack([bias, weight]))
+    torch.testing.assert_close(mapped[0], expected[0])
+    torch.testing.assert_close(mapped[1], module(x, bias, weight))
+
+
+def test_fused_empty_batch(device):
+    x, weight = torch.empty(0, 4, 3, 3, device=device), torch.ones(4, device=device)
+    y, to_x, to_weight = with_gradients(
+        lambda x, weight: group_norm(x, 2, weight, num_frames=3, impl="fused"), x, weight, dtype=FP32
+    )
+    assert y.shape == to_x.shape == (0, 4, 3, 3) and torch.equal(to_weight, torch.zeros_like(weight))
