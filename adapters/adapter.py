@@ -1,7 +1,7 @@
 """Injection and the handle to what was injected."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Literal, TextIO
@@ -15,6 +15,7 @@ from temporal_layers.adapters.attach import attach, build_layers, detach, place_
 from temporal_layers.adapters.chunks import plan_chunks
 from temporal_layers.adapters.config import TemporalConfig
 from temporal_layers.adapters.reach import receptive_field, unbounded_layers
+from temporal_layers.adapters.scale import get_scales, resolve_scales, set_scales
 from temporal_layers.adapters.sites import InjectionSite, plan
 from temporal_layers.adapters.state import TemporalState
 
@@ -124,6 +125,26 @@ class TemporalAdapter:
                 f"TemporalAdapter.num_frames: expected a whole number of at least 1, or None for images, got {value!r}"
             )
         self._state.default_num_frames = value
+
+    @property
+    def scale(self) -> float | dict[str, float]:
+        """Strength of the temporal layers: 1 as trained, 0 the image model bit for bit, in between and beyond linear.
+
+        At every site the result is ``spatial + scale * (blended - spatial)``. Set one number for all sites, or a
+        dictionary from regular expressions, searched for in the names of the sites, to numbers; it then says
+        everything: sites that no key fits get 1, and the first key that fits counts (a full name before all others).
+        Reading gives one number, or a number for each site where they differ. It is for inference, and not saved; a
+        compiled model compiles once for 1, once for 0 and once for all others.
+
+        Example:
+            >>> adapter.scale = 0.7  # doctest: +SKIP
+            >>> adapter.scale = {"mid_block": 0.5, "^up_blocks": 0.8}  # doctest: +SKIP
+        """
+        return get_scales(self.layers)
+
+    @scale.setter
+    def scale(self, value: float | Mapping[str, float]) -> None:
+        set_scales(self.layers, resolve_scales([site.name for site in self.sites], value))
 
     @property
     def receptive_field(self) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from temporal_layers import TemporalResBlock, TemporalTransformerBlock
+from temporal_layers.adapters.scale import scale_of
 
 __all__ = ["Swapped", "check_restorable", "check_swappable", "restore_class", "site_mixin", "swap_class"]
 
@@ -34,8 +35,8 @@ class TemporalSite(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         state = self._temporal_state
-        if not state.active:
-            return output
+        if not state.active or scale_of(self.temporal) == 0:
+            return output  # at a strength of 0 bit for bit, and at no cost
         extra = self._extra(args, kwargs)
         if isinstance(output, tuple):
             return (self._mix(output[0], extra), *output[1:])

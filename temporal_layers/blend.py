@@ -21,6 +21,10 @@ class AlphaBlend(nn.Module):
     stays in fp32 (or wider) when the model is cast, because in bf16 an alpha of 0.999 is 1 and a learning rate of 1e-4
     changes nothing. A fixed one has no state.
 
+    Attributes:
+        scale: strength of the temporal branch, set at run time and saved nowhere: the result is
+            ``spatial + scale * (blend - spatial)``.
+
     Args:
         config: start value, learned or fixed, and shape.
         channels: channels of the layer; required with ``shape="channel"``.
@@ -28,6 +32,8 @@ class AlphaBlend(nn.Module):
     Raises:
         ValueError: if ``shape="channel"`` and ``channels`` is missing.
     """
+
+    scale: float = 1.0
 
     def __init__(
         self,
@@ -62,6 +68,11 @@ class AlphaBlend(nn.Module):
             wide = torch.promote_types(dtype, torch.float32)
             return torch.full(self.shape, self.config.init, device=device, dtype=wide)
         return self.logit.sigmoid()
+
+    def _weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The weight of the spatial branch after scaling, which is a blend with another alpha: no pass over memory."""
+        alpha = self._alpha(device, dtype)
+        return alpha if self.scale == 1 else 1 - self.scale * (1 - alpha)
 
     def forward(
         self,
@@ -98,7 +109,7 @@ class AlphaBlend(nn.Module):
         return blend(
             spatial,
             autocast_to(temporal, spatial.dtype),
-            self._alpha(spatial.device, spatial.dtype),
+            self._weight(spatial.device, spatial.dtype),
             num_frames=num_frames,
             channel_dim=channel_dim,
             image_only=image_only,
@@ -139,4 +150,5 @@ class AlphaBlend(nn.Module):
 
     def extra_repr(self) -> str:
         kind = "learned" if self.config.learned else "fixed"
-        return f"{kind}, shape={self.config.shape}, init={self.config.init}"
+        scale = "" if self.scale == 1 else f", scale={self.scale}"
+        return f"{kind}, shape={self.config.shape}, init={self.config.init}{scale}"

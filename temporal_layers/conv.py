@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from temporal_layers.autocast import autocast_to
 from temporal_layers.config import TemporalConvConfig
 from temporal_layers.frames import check_divisible, frames_to_height, height_to_frames
 from temporal_layers.resnet import CausalFrameConv, FrameConv
@@ -17,10 +18,16 @@ class TemporalConv(nn.Module):
     It has neither a residual nor a blend; it starts as the identity, bit for bit: the middle tap is the unit matrix
     and the rest is zero.
 
+    Attributes:
+        scale: strength of the layer, set at run time and saved nowhere: the result is
+            ``hidden_states + scale * (mixed - hidden_states)``.
+
     Args:
         channels: channels of the feature map, in and out.
         config: everything else.
     """
+
+    scale: float = 1.0
 
     def __init__(
         self,
@@ -71,9 +78,11 @@ class TemporalConv(nn.Module):
         check_divisible("TemporalConv", hidden_states.shape[0], num_frames)
         height, width = hidden_states.shape[-2:]
         mixed = height_to_frames(self.conv(frames_to_height(hidden_states, num_frames)), height, width)
+        if self.scale != 1:
+            mixed = torch.lerp(hidden_states, autocast_to(mixed, hidden_states.dtype), self.scale)
         if image_only is None:
             return mixed
         return torch.where(image_only.reshape(-1, 1, 1, 1), hidden_states, mixed)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}"
+        return f"{self.channels}" if self.scale == 1 else f"{self.channels}, scale={self.scale}"
