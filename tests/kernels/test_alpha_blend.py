@@ -206,3 +206,201 @@ def test_empty_maps(op, shape):
     first, second = torch.randn(shape), torch.randn(shape)
     result, _, _, to_alpha = with_gradients(op, first, second, torch.tensor(0.3), dtype=torch.float32)
     assert result.shape == shape and to_alpha == 0
+
+
+# The fused kernels. They run on a GPU or interpreted; elsewhere the fixture ``device`` skips these tests.
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FUSED = {  # dtype, shape of alpha for 3 frames and 12 channels, layouts of the branches, frames that are images
+    "scalar-bf16": (BF16, (), ("channels_last", "channels_last"), False),
+    "scalar-fp32-mixed": (FP32, (), ("contiguous", "channels_last"), False),
+    "scalar-fp16-images": (FP16, (), ("channels_last", "contiguous"), True),
+    "frames-bf16-images": (BF16, (3, 1), ("contiguous", "contiguous"), True),
+    "frames-fp32": (FP32, (3, 1), ("channels_last", "strided"), False),
+    "channels-bf16": (BF16, (1, 12), ("strided", "contiguous"), False),
+    "both-fp16": (FP16, (3, 12), ("channels_last", "channels_last"), False),
+    "both-fp32-images": (FP32, (3, 12), ("strided", "strided"), True),
+}
+IMAGES = torch.tensor([[True, False, True], [False, False, False]])
+
+
+def fused_inputs(dtype, shape, layouts, device):
+    """Two branches of two clips of three frames, and alpha."""
+    maps = (
+        random_map(6, 12, 5, 7, dtype=dtype, layout=layout, seed=seed, device=device)
+        for seed, layout in enumerate(layouts)
+    )
+    return [*maps, random_normal(shape, 2).sigmoid().float().to(device)]
+
+
+def fused_formula(op, image_only):
+    """The definition with the choice of image frames written out; computes in the dtype of alpha."""
+
+    def call(first, second, alpha):
+        out = formula(op, first, second, alpha, 3, 1)
+        if image_only is not None:
+            out = torch.where(image_only.reshape(-1, 1, 1, 1), first.to(out.dtype), out)
+        return out.to(first.dtype)
+
+    return call
+
+
+@BOTH
+@pytest.mark.parametrize("case", FUSED)
+def test_fused_matches_the_formula(op, case, device):
+    dtype, shape, layouts, images = FUSED[case]
+    image_only = IMAGES.to(device) if images else None
+    inputs = fused_inputs(dtype, shape, layouts, device)
+    actual = with_gradients(lambda *x: op(*x, num_frames=3, image_only=image_only, impl="fused"), *inputs, dtype=dtype)
+    oracle, plain = (
+        with_gradients(fused_formula(op, image_only), *tensors, dtype=dtype)
+        for tensors in ([x.double() for x in inputs], inputs)
+    )
+    for what, *tensors in zip(("result", "first", "second"), actual[:3], oracle[:3], plain[:3], strict=True):
+        assert_within_budget(*tensors, what=what)
+    # The gradient of alpha sums terms of either sign; the yardstick is the sum of their absolute values.
+    leaf = inputs[2].double().requires_grad_()
+    first, second = (x.double() for x in inputs[:2])
+    terms = (first - second if op is alpha_blend else second).abs()
+    upstream = random_normal(tuple(first.shape), 99).to(dtype).double().abs().to(device)
+    out = fused_formula(alpha_blend, image_only)(terms, torch.zeros_like(terms), leaf)
+    [magnitude] = torch.autograd.grad(out, leaf, upstream)
+    assert_within_budget(actual[3], oracle[3], plain[3], magnitude=magnitude, what="alpha")
+    expected = op(*inputs, num_frames=3, image_only=image_only, impl="reference")
+    assert actual[0].stride() == expected.stride()
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(), (1, 6)])
+def test_fused_takes_tokens(op, shape, device):
+    first, second = (random_tokens(4, 5, 6, layout="strided", seed=seed, device=device) for seed in (0, 1))
+    alpha = random_normal(shape, 2).sigmoid().float().to(device)
+    actual, expected = (
+        with_gradients(lambda *x, impl=impl: op(*x, channel_dim=-1, impl=impl), first, second, alpha, dtype=FP32)
+        for impl in ("fused", "reference")
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+def test_fused_gradients_in_fp64(op, device):
+    inputs = [x.double().requires_grad_() for x in fused_inputs(FP32, (3, 12), ("contiguous", "channels_last"), device)]
+    assert torch.autograd.gradcheck(
+        lambda *x: op(*x, num_frames=3, image_only=IMAGES.to(device), impl="fused"), inputs, fast_mode=True
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32])
+def test_fused_is_the_image_model_bit_for_bit(op, dtype, device):
+    first, second, _ = fused_inputs(dtype, (), ("channels_last", "channels_last"), device)
+    assert torch.equal(op(first, 100 * second, torch.ones((), device=device), impl="fused"), first)
+    same = first.clone(memory_format=torch.preserve_format) if op is alpha_blend else torch.zeros_like(first)
+    assert torch.equal(op(first, same, torch.tensor(0.37, device=device), impl="fused"), first)
+    rows = IMAGES.flatten().to(device)
+    second[rows] = torch.nan
+    leaves = [x.requires_grad_() for x in (first, second, torch.tensor(0.3, device=device))]
+    result = op(*leaves, image_only=rows, impl="fused")
+    assert torch.equal(result[rows], first[rows]) and not result.isnan().any()
+    to_first, to_second, to_alpha = torch.autograd.grad(result, leaves, torch.ones_like(result))
+    assert torch.equal(to_first[rows], torch.ones_like(to_first[rows]))
+    assert to_second[rows].count_nonzero() == 0 and to_alpha.isfinite()
+
+
+@BOTH
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_fused_writes_the_whole_result_and_nothing_else(op, channels_last, device, monkeypatch):
+    from temporal_layers.kernels.alpha_blend import fused
+
+    rooms = []
+
+    def among_nan(x, channels_last):
+        rows, channels, *size = x.shape
+        shape = (rows + 2, *size, channels + 5) if channels_last else (rows + 2, channels + 5, *size)
+        room = torch.full(shape, torch.nan, dtype=x.dtype, device=x.device)
+        window = (room.movedim(-1, 1) if channels_last else room)[1:-1, 2:-3]
+        rooms.append((room, window))
+        return window
+
+    first, second, alpha = fused_inputs(FP32, (3, 12), ("channels_last", "contiguous"), device)
+    first, second = (x.flatten(2).unsqueeze(-1) for x in (first, second))
+    monkeypatch.setattr(fused, "empty_map", among_nan)
+    fused.forward(first, second, alpha, 3, None, op is alpha_residual, channels_last)
+    fused.branch_gradients(first, alpha, 3, None, True, True, channels_last)
+    assert len(rooms) == 3
+    for room, window in rooms:
+        assert room.isnan().sum() == room.numel() - window.numel() and window.isfinite().all()
+
+
+@BOTH
+def test_fused_repeats_bit_for_bit(op, device):
+    inputs = fused_inputs(FP32, (3, 12), ("channels_last", "channels_last"), device)
+    first, second = (
+        with_gradients(lambda *x: op(*x, num_frames=3, impl="fused"), *inputs, dtype=FP32) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+
+
+@BOTH
+def test_fused_reaches_beyond_two_to_the_31(op, device):
+    # Only the touched pages of this memory exist. The last frame begins at element 3 * 2**30.
+    room = torch.empty(3 * 2**30 + 64, dtype=FP16, device=device)
+    far = room.as_strided((4, 4, 2, 4), (2**30, 8, 4, 1)).copy_(random_map(4, 4, 2, 4, dtype=FP16))
+    near, alpha = far.clone(), random_normal((2, 1), 2).sigmoid().float().to(device)
+    results = [
+        with_gradients(lambda *x: op(*x, num_frames=2, impl="fused"), *branches, alpha, dtype=FP16)
+        for branches in ((far, far.flip(0)), (near, far.flip(0)), (near.flip(0), far), (near.flip(0), near))
+    ]
+    assert all(map(torch.equal, results[0], results[1])) and all(map(torch.equal, results[2], results[3]))
+
+
+@BOTH
+@pytest.mark.parametrize("trained", [True, False])
+def test_fused_is_an_operator_of_pytorch(op, trained, device):
+    from temporal_layers.kernels.alpha_blend.fused import alpha_blend as operator
+
+    first, second = (random_map(2, 3, 4, 1, seed=seed, device=device).requires_grad_() for seed in (0, 1))
+    alpha = torch.full((2, 1), 0.3, device=device, requires_grad=trained)
+    flags = None if trained else torch.tensor([True, False], device=device)
+    torch.library.opcheck(operator, (first, second, alpha, 2, flags, op is alpha_residual, True))
+
+
+@BOTH
+def test_fused_in_programs(op, device):
+    first, second, alpha = fused_inputs(FP32, (3, 1), ("channels_last", "contiguous"), device)
+
+    class Blend(torch.nn.Module):
+        def forward(self, first, second, alpha):
+            return op(first, second, alpha, num_frames=3, impl="fused")
+
+    module = Blend()
+    expected = with_gradients(module, first, second, alpha, dtype=FP32)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(with_gradients(compiled, first, second, alpha, dtype=FP32), expected)
+    program = torch.export.export(module, (first, second, alpha))
+    torch.testing.assert_close(program.module()(first, second, alpha), expected[0])
+    mapped = torch.func.vmap(module, in_dims=(None, None, 0))(first, second, torch.stack([alpha, 1 - alpha]))
+    torch.testing.assert_close(mapped[0], expected[0])
+    torch.testing.assert_close(mapped[1], module(first, second, 1 - alpha))
+
+
+@BOTH
+def test_fused_saves_branches_only_to_train_alpha(op, device):
+    inputs = fused_inputs(BF16, (), ("channels_last", "channels_last"), device)
+    first, second = (x.requires_grad_() for x in inputs[:2])
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        op(first, second, inputs[2], impl="fused")
+        assert max(saved) == 1
+        op(first, second, inputs[2].requires_grad_(), impl="fused")
+    assert saved.count(first.numel()) == (2 if op is alpha_blend else 1)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
+def test_fused_empty_maps(op, shape, device):
+    first, second = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    alpha = torch.tensor(0.3, device=device)
+    result, to_first, _, to_alpha = with_gradients(lambda *x: op(*x, impl="fused"), first, second, alpha, dtype=FP32)
+    assert result.shape == to_first.shape == shape and to_alpha == 0
