@@ -73,6 +73,48 @@ def temporal_attention(
     Source: Align your Latents, section 3.1 (temporal attention); Vaswani et al. (2017), equation 1.
     """
     op = "temporal_attention"
+    key_frames = num_frames if num_key_frames is None else num_key_frames
+    check_arguments(op, query, key, value, num_frames, key_frames, num_heads, bias, frame_mask, window)
+    head_dim = query.shape[2] // num_heads
+    chosen = resolve_impl(
+        op, impl, query, has_fused=True, refusal=refusal(num_frames, key_frames, head_dim, query.dtype),
+        others=(Impl.SDPA, Impl.XFORMERS),
+    )  # fmt: skip
+    if chosen is Impl.FUSED:
+        from temporal_layers.kernels.temporal_attention import fused  # imports triton
+
+        # Under autocast the operands may come in several dtypes.
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        return fused.temporal_attention(
+            query, key, value, bias, frame_mask, num_frames, key_frames, num_heads, causal, window,
+            head_dim**-0.5 if scale is None else scale,
+        )  # fmt: skip
+    attend = None
+    if chosen is Impl.XFORMERS:
+        xformers.check_xformers(op, query)
+        attend = xformers.attend
+    return reference.temporal_attention(
+        query, key, value, num_frames, num_key_frames, num_heads, bias, frame_mask, causal, window, scale, attend
+    )
+
+
+def check_arguments(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_frames: int,
+    key_frames: int,
+    num_heads: int,
+    bias: Tensor | None,
+    frame_mask: Tensor | None,
+    window: int | None,
+) -> None:
+    """Requires what the public function says of its arguments.
+
+    Raises:
+        ValueError: it does not hold.
+    """
     if query.dim() != 3:
         raise invalid(
             op, "query", "(batch*num_frames, positions, num_heads*head_dim)", f"shape {tuple(query.shape)}",
@@ -85,7 +127,6 @@ def temporal_attention(
         raise invalid(
             op, "num_heads", f"a divisor of the {channels} channels", f"{num_heads}", "choose one that divides them"
         )
-    key_frames = num_frames if num_key_frames is None else num_key_frames
     if key_frames < 1:
         raise invalid(op, "num_key_frames", "at least 1", f"{key_frames}", "pass the number of frames of the keys")
     for name, tensor in (("key", key), ("value", value)):
@@ -109,24 +150,3 @@ def temporal_attention(
         )  # fmt: skip
     if window is not None and window < 0:
         raise invalid(op, "window", "at least 0 or None", f"{window}", "pass the reach in frames")
-    head_dim = channels // num_heads
-    chosen = resolve_impl(
-        op, impl, query, has_fused=True, refusal=refusal(num_frames, key_frames, head_dim, query.dtype),
-        others=(Impl.SDPA, Impl.XFORMERS),
-    )  # fmt: skip
-    if chosen is Impl.FUSED:
-        from temporal_layers.kernels.temporal_attention import fused  # imports triton
-
-        # Under autocast the operands may come in several dtypes.
-        key, value = key.to(query.dtype), value.to(query.dtype)
-        return fused.temporal_attention(
-            query, key, value, bias, frame_mask, num_frames, key_frames, num_heads, causal, window,
-            head_dim**-0.5 if scale is None else scale,
-        )  # fmt: skip
-    attend = None
-    if chosen is Impl.XFORMERS:
-        xformers.check_xformers(op, query)
-        attend = xformers.attend
-    return reference.temporal_attention(
-        query, key, value, num_frames, num_key_frames, num_heads, bias, frame_mask, causal, window, scale, attend
-    )

@@ -56,12 +56,13 @@ class Call:
     ) -> "Call":
         """Call with this query and these options."""
         batch_frames, positions, channels = query.shape
+        if bias is not None:
+            bias = bias.contiguous()
+        if frame_mask is not None:  # bytes: loads of single bits are not portable
+            frame_mask = frame_mask.contiguous().view(torch.uint8)
         return cls(
-            batch_frames // num_frames, positions, num_heads, channels // num_heads, num_frames, key_frames, query.dtype,
-            None if bias is None else bias.contiguous(),
-            # Loads of single bits are not portable.
-            None if frame_mask is None else frame_mask.contiguous().view(torch.uint8),
-            causal, window, scale,
+            batch_frames // num_frames, positions, num_heads, channels // num_heads, num_frames, key_frames,
+            query.dtype, bias, frame_mask, causal, window, scale,
         )  # fmt: skip
 
     def tile(self, *, backward: bool = False) -> Tile:

@@ -16,7 +16,7 @@ from temporal_layers.kernels.temporal_attention.call import Call
 from temporal_layers.kernels.temporal_attention.fused_forward import (
     LOG2_E,
     add_bias,
-    allowed_pairs,
+    forbidden_pairs,
     load_part,
     product,
     row_mask,
@@ -49,7 +49,7 @@ def temporal_attention_backward_kernel(
     turns = tl.cdiv(num_positions, BLOCKS * GROUP * STEPS)
     clip = (program // num_heads // turns).to(tl.int64)
     start = (program // num_heads % turns).to(tl.int64) * (BLOCKS * GROUP * STEPS)
-    allowed = allowed_pairs(
+    forbidden = forbidden_pairs(
         frame_mask_ptr, clip, num_frames, key_frames, reach_back, reach_ahead, BANDED, GROUP, FRAMES, KEY_FRAMES
     )
 
@@ -82,7 +82,7 @@ def temporal_attention_backward_kernel(
         scores *= scale_log2
         if bias_ptr is not None:
             scores = add_bias(scores, bias_ptr, head, num_frames, key_frames, GROUP, FRAMES, KEY_FRAMES)
-        weights = softmax(scores, allowed)
+        weights = softmax(scores, forbidden)
         # The usual shortcut, the sum of grad * out, would take the rounding of out along.
         dscores = weights * (dweights - tl.sum(weights * dweights, axis=2)[:, :, None])
         if dbias_ptr is not None:

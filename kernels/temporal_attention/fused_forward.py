@@ -105,22 +105,24 @@ def transposed(x):
 
 
 @triton.jit
-def allowed_pairs(
+def forbidden_pairs(
     frame_mask_ptr, clip, num_frames, key_frames, reach_back, reach_ahead,
     BANDED: tl.constexpr, GROUP: tl.constexpr, FRAMES: tl.constexpr, KEY_FRAMES: tl.constexpr,
 ):  # fmt: skip
-    """True ``(R, K)`` where a query row may attend to a key row."""
-    frame, key_frame = row_frames(GROUP, FRAMES), row_frames(GROUP, KEY_FRAMES)
-    place, key_place = tl.arange(0, GROUP * FRAMES) // FRAMES, tl.arange(0, GROUP * KEY_FRAMES) // KEY_FRAMES
-    present = key_frame < key_frames
+    """Positive ``(R, K)`` where a query row must not attend to a key row: one integer, where flags cost registers."""
+    key_frame = row_frames(GROUP, KEY_FRAMES)
+    absent = (key_frame >= key_frames).to(tl.int32)
     if frame_mask_ptr is not None:
-        flags = tl.load(frame_mask_ptr + clip * key_frames + key_frame, mask=present, other=0)
-        present = present & (flags != 0)
-    allowed = (place[:, None] == key_place[None, :]) & present[None, :]
+        flags = tl.load(frame_mask_ptr + clip * key_frames + tl.minimum(key_frame, key_frames - 1))
+        absent = tl.maximum(absent, (flags == 0).to(tl.int32))
+    lag = (row_frames(GROUP, FRAMES) + (key_frames - num_frames))[:, None] - key_frame[None, :]
+    forbidden = absent[None, :] + 0 * lag
+    if GROUP > 1:
+        place, key_place = tl.arange(0, GROUP * FRAMES) // FRAMES, tl.arange(0, GROUP * KEY_FRAMES) // KEY_FRAMES
+        forbidden += (place[:, None] != key_place[None, :]).to(tl.int32)
     if BANDED:
-        lag = (frame + (key_frames - num_frames))[:, None] - key_frame[None, :]
-        allowed = allowed & (lag <= reach_back) & (lag >= -reach_ahead)
-    return allowed
+        forbidden = tl.maximum(forbidden, tl.maximum(lag - reach_back, -lag - reach_ahead))
+    return forbidden
 
 
 @triton.jit
@@ -129,17 +131,18 @@ def add_bias(
     GROUP: tl.constexpr, FRAMES: tl.constexpr, KEY_FRAMES: tl.constexpr,
 ):  # fmt: skip
     """Adds a head's bias to scores ``(B, R, K)`` in the unit of exp2."""
-    frame, key_frame = row_frames(GROUP, FRAMES), row_frames(GROUP, KEY_FRAMES)
+    # Padding repeats the last frame, and is masked like all scores; a mask for the load would cost registers.
+    frame = tl.minimum(row_frames(GROUP, FRAMES), num_frames - 1)
+    key_frame = tl.minimum(row_frames(GROUP, KEY_FRAMES), key_frames - 1)
     pair = (head * num_frames + frame)[:, None] * key_frames + key_frame[None, :]
-    inside = (frame < num_frames)[:, None] & (key_frame < key_frames)[None, :]
-    bias = tl.load(bias_ptr + pair, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + pair).to(tl.float32)
     return scores + (bias * LOG2_E)[None, :, :]
 
 
 @triton.jit
-def softmax(scores, allowed):
-    """Softmax of ``(B, R, K)`` over the allowed pairs ``(R, K)``; a row without any is zero."""
-    scores = tl.where(allowed[None, :, :], scores, float("-inf"))
+def softmax(scores, forbidden):
+    """Softmax of ``(B, R, K)`` over the pairs ``(R, K)`` that are not forbidden; a row without any is zero."""
+    scores = tl.where(forbidden[None, :, :] <= 0, scores, float("-inf"))
     largest = tl.max(scores, axis=2)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     weights = tl.exp2(scores - largest[:, :, None])
@@ -183,10 +186,10 @@ def temporal_attention_forward_kernel(
     scores *= scale_log2
     if bias_ptr is not None:
         scores = add_bias(scores, bias_ptr, head, num_frames, key_frames, GROUP, FRAMES, KEY_FRAMES)
-    allowed = allowed_pairs(
+    forbidden = forbidden_pairs(
         frame_mask_ptr, clip, num_frames, key_frames, reach_back, reach_ahead, BANDED, GROUP, FRAMES, KEY_FRAMES
     )
-    weights = softmax(scores, allowed).to(v.dtype)
+    weights = softmax(scores, forbidden).to(v.dtype)
     for part in tl.static_range(PARTS):
         if part > 0:
             v = load_part(v_ptr, v_rows, key_inside, head, stride_v_channel, part, DIM, CHUNK)

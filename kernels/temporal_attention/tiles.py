@@ -84,8 +84,8 @@ def tile_for(num_frames: int, key_frames: int, head_dim: int, dtype: torch.dtype
     rows = max(longest, MIN_ROWS)
     chunk, blocks, warps = TABLE[dtype == torch.float32, backward, rows]
     chunk = min(chunk, max(power_of_two(head_dim), MIN_ROWS))
-    if head_dim > chunk:  # the largest chunk that does not leave a whole one of the smallest size empty
-        chunk = next(size for size in (64, 32, 16) if size <= chunk and -head_dim % size < 16)
+    if head_dim > chunk:  # the largest with at most 16 channels of padding: 16 bytes a thread need large chunks
+        chunk = next(size for size in (64, 32, 16) if size <= chunk and -head_dim % size <= 16)
     return Tile(blocks, group, frames, keys, chunk, warps)
 
 
