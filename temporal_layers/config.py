@@ -73,6 +73,7 @@ class TemporalResBlockConfig:
         timestep_embedding: add a projection of the host's timestep embedding after the first convolution. Ignored
             where the host block has none (autoencoder decoders).
         norm: GroupNorm statistics over the whole ``"clip"`` (frames, height, width) or over each ``"frame"``.
+        eps: epsilon of the norms, whatever the place of the layer suggests (ModelScope and SVD's decoder: 1e-5).
         dropout: probability, in front of every convolution but the first.
         causal: let a frame see itself and earlier frames only; needs ``norm="frame"``.
         zero_init: start the last convolution at zero (with one convolution also the projection of the timestep
@@ -84,6 +85,7 @@ class TemporalResBlockConfig:
     kernel_size: int = 3
     timestep_embedding: bool = True
     norm: NormOver = "clip"
+    eps: float | None = None
     dropout: float = 0.0
     causal: bool = False
     zero_init: bool = True
@@ -100,6 +102,8 @@ class TemporalResBlockConfig:
                 "TemporalResBlockConfig.norm: expected 'frame' with causal=True, got 'clip'; statistics over the clip "
                 "would let a frame see later ones"
             )
+        if self.eps is not None and not 0.0 < self.eps < 1.0:
+            raise ValueError(f"TemporalResBlockConfig.eps: expected a value between 0 and 1 or None, got {self.eps}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"TemporalResBlockConfig.dropout: expected a value from 0 to below 1, got {self.dropout}")
 

@@ -72,7 +72,7 @@ class TemporalResBlock(nn.Module):
         channels: channels of the feature map, in and out.
         temb_channels: width of the host's timestep embedding; ``None`` for none.
         num_groups: groups of the norms; must divide ``channels``.
-        eps: epsilon of the norms.
+        eps: epsilon of the norms; that of the config, if it has one, takes precedence.
         config: everything else.
 
     Raises:
@@ -97,6 +97,7 @@ class TemporalResBlock(nn.Module):
             raise ValueError(
                 f"TemporalResBlock: num_groups: expected a divisor of channels={channels}, got {num_groups}"
             )
+        eps = eps if config.eps is None else config.eps
         self.channels = channels
         self.config = config
         self.norms = nn.ModuleList(

@@ -77,6 +77,7 @@ CONFIGS = [
     (lambda: Conv(kernel_size=4), "TemporalResBlockConfig.kernel_size: expected an odd number, got 4"),
     (lambda: Conv(norm="batch"), "TemporalResBlockConfig.norm: expected one of 'clip', 'frame', got 'batch'"),
     (lambda: Conv(dropout=1.0), "TemporalResBlockConfig.dropout: expected a value from 0 to below 1, got 1.0"),
+    (lambda: Conv(eps=0.0), "TemporalResBlockConfig.eps: expected a value between 0 and 1 or None, got 0.0"),
     (
         lambda: Conv(causal=True),
         "TemporalResBlockConfig.norm: expected 'frame' with causal=True, got 'clip'; statistics over the clip would "
