@@ -115,4 +115,5 @@ class PerFrame:
                 f"{self.who}: {name}: expected {self.batch} (clips) or {total} (clips times frames) in front, "
                 f"got shape {tuple(value.shape)}; the image model would repeat it in silence or fail"
             )
-        return value.repeat_interleave(self.num_frames, dim=0, output_size=total)
+        # repeat_interleave would fix the clip length under torch.compile in torch 2.11.
+        return value[:, None].expand(-1, self.num_frames, *value.shape[1:]).flatten(0, 1)
