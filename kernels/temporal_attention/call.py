@@ -65,9 +65,10 @@ class Call:
             query.dtype, bias, frame_mask, causal, window, scale,
         )  # fmt: skip
 
-    def tile(self, *, backward: bool = False) -> Tile:
-        """Tile of one program."""
-        return tile_for(self.num_frames, self.key_frames, self.head_dim, self.dtype, backward=backward)
+    def tile(self, *, backward: bool = False, with_bias: bool = False) -> Tile:
+        """Tile of one program; see :func:`tile_for`."""
+        sizes = self.num_frames, self.key_frames, self.head_dim
+        return tile_for(*sizes, self.dtype, backward=backward, with_bias=with_bias)
 
     def programs(self, tile: Tile, steps: int = 1) -> int:
         """Programs for all positions of all heads and clips, each with ``steps`` tiles of positions."""

@@ -127,7 +127,7 @@ def launch_backward(
     Returns:
         Gradient of the bias, ``(heads, frames, key_frames)`` fp32; None if it is not wanted.
     """
-    tile = call.tile(backward=True)
+    tile = call.tile(backward=True, with_bias=with_bias)
     steps = tiles.BIAS_STEPS if with_bias and call.programs(tile) > tiles.BIAS_PROGRAMS else 1
     programs = call.programs(tile, steps)
     sums = None

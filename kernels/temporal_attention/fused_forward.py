@@ -134,8 +134,8 @@ def add_bias(
     # Padding repeats the last frame, and is masked like all scores; a mask for the load would cost registers.
     frame = tl.minimum(row_frames(GROUP, FRAMES), num_frames - 1)
     key_frame = tl.minimum(row_frames(GROUP, KEY_FRAMES), key_frames - 1)
-    pair = (head * num_frames + frame)[:, None] * key_frames + key_frame[None, :]
-    bias = tl.load(bias_ptr + pair).to(tl.float32)
+    pair = frame[:, None] * key_frames + key_frame[None, :]
+    bias = tl.load(bias_ptr + head * (num_frames * key_frames) + pair).to(tl.float32)
     return scores + (bias * LOG2_E)[None, :, :]
 
 

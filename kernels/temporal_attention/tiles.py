@@ -65,7 +65,9 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def tile_for(num_frames: int, key_frames: int, head_dim: int, dtype: torch.dtype, *, backward: bool) -> Tile:
+def tile_for(
+    num_frames: int, key_frames: int, head_dim: int, dtype: torch.dtype, *, backward: bool, with_bias: bool = False
+) -> Tile:
     """Tile for a call.
 
     Args:
@@ -74,6 +76,7 @@ def tile_for(num_frames: int, key_frames: int, head_dim: int, dtype: torch.dtype
         head_dim: Channels of a head.
         dtype: Dtype of the operands.
         backward: Whether it is for the backward kernel, which holds twice as many operands.
+        with_bias: Whether the backward kernel also sums up the gradient of the bias.
 
     Returns:
         The tile.
@@ -82,7 +85,10 @@ def tile_for(num_frames: int, key_frames: int, head_dim: int, dtype: torch.dtype
     group = max(MIN_ROWS // longest, 1)
     frames, keys = (max(power_of_two(size), MIN_ROWS // group) for size in (num_frames, key_frames))
     rows = max(longest, MIN_ROWS)
-    chunk, blocks, warps = TABLE[dtype == torch.float32, backward, rows]
+    wide = dtype == torch.float32
+    chunk, blocks, warps = TABLE[wide, backward, rows]
+    if backward and with_bias:
+        chunk, blocks, warps = BIAS_TABLE.get((wide, rows), (chunk, blocks, warps))
     chunk = min(chunk, max(power_of_two(head_dim), MIN_ROWS))
     if head_dim > chunk:  # the largest with at most 16 channels of padding: 16 bytes a thread need large chunks
         chunk = next(size for size in (64, 32, 16) if size <= chunk and -head_dim % size <= 16)
@@ -104,4 +110,10 @@ TABLE = {
     (True, True, 16): (16, 2, 4),
     (True, True, 32): (16, 1, 4),
     (True, True, 64): (16, 1, 8),
+}
+
+# The same by (fp32, rows of a matrix) where the sum for the gradient of the bias needs registers too.
+BIAS_TABLE = {
+    (False, 32): (64, 1, 4),
+    (False, 64): (16, 1, 8),
 }

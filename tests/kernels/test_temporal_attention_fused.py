@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from temporal_layers.kernels.launch import is_interpreted
 from temporal_layers.kernels.temporal_attention import temporal_attention, tiles
 from temporal_layers.kernels.testing import (
     assert_within_budget,
@@ -202,3 +203,84 @@ def test_gradient_of_the_bias_in_turns(dtype, device, monkeypatch):
     check(*operands(device, 2, 6, 5, 50, 16, dtype), bias, 6, 5, 2, causal=True)
     bias = random_normal((1, 18, 18), 3).to(device, dtype)
     check(*operands(device, 1, 18, 18, 9, 16, dtype), bias, 18, 18, 1)
+
+
+@pytest.mark.parametrize(("num_frames", "key_frames", "head_dim"), [(5, 7, 40), (16, 16, 24)])
+def test_writes_every_element_of_its_results_and_nothing_else(num_frames, key_frames, head_dim, device):
+    from temporal_layers.kernels.temporal_attention.call import Call
+    from temporal_layers.kernels.temporal_attention.fused_backward import launch_backward
+    from temporal_layers.kernels.temporal_attention.fused_forward import launch_forward
+
+    query, key, value = operands(device, 2, num_frames, key_frames, 5, 2 * head_dim, FP32)
+    grad = random_tokens(*query.shape, device=device, seed=3)
+    expected = with_gradients(
+        lambda q, k, v: oracle(q, k, v, None, num_frames, key_frames, 2, None),
+        *(x.double() for x in (query, key, value)), dtype=FP32, seed=3,
+    )  # fmt: skip
+    call = Call.of(query, None, None, num_frames, key_frames, 2, False, None, head_dim**-0.5)
+    results = [in_nan_surroundings(torch.full_like(x, torch.nan)) for x in (query, query, key, value)]
+    launch_forward(query, key, value, results[0], call)
+    launch_backward(grad, query, key, value, *results[1:], call, with_bias=False)
+    for result, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(result.double(), want, rtol=1e-5, atol=1e-5)
+        room = result._base if result._base is not None else result
+        assert int(room.isfinite().sum()) == result.numel()
+
+
+def test_more_sequences_than_a_grid_dimension_takes(device, monkeypatch):
+    if is_interpreted():  # few large programs: each costs the interpreter 20 ms
+        table = {entry: (chunk, 2048, warps) for entry, (chunk, _, warps) in tiles.TABLE.items()}
+        monkeypatch.setattr(tiles, "TABLE", table)
+    query, key, value = operands(device, 1, 2, 2, 70_003, 8, FP32)
+    check(query, key, value, None, 2, 2, 1)
+
+
+@pytest.mark.gpu
+def test_more_clips_than_a_grid_dimension_takes(device):
+    check(*operands(device, 70_003, 2, 2, 1, 16, BF16), None, 2, 2, 2)
+
+
+@pytest.mark.parametrize("far", ["frames", "positions"])
+def test_offsets_beyond_two_to_the_31(far, device):
+    """Operands and results whose elements lie gigabytes apart; memory in between is never touched."""
+    from temporal_layers.kernels.temporal_attention.call import Call
+    from temporal_layers.kernels.temporal_attention.fused_backward import launch_backward
+    from temporal_layers.kernels.temporal_attention.fused_forward import launch_forward
+
+    shape, step = {"frames": ((4, 2, 16), 2**30), "positions": ((2, 4, 16), 2**30)}[far]
+    strides = (step, 256, 1) if far == "frames" else (256, step, 1)
+    room = torch.empty(3 * step + 4096, dtype=FP16, device=device)
+
+    def place(index, values=None):
+        window = room.as_strided(shape, strides, 16 * index)
+        return window.fill_(torch.nan) if values is None else window.copy_(values)
+
+    near = [random_tokens(*shape, dtype=FP16, seed=seed, device=device) for seed in range(4)]
+    query, key, value, grad = (place(index, values) for index, values in enumerate(near))
+    out, dq, dk, dv = (place(index) for index in range(4, 8))
+    call = Call.of(query, None, None, 2, 2, 2, False, None, 8**-0.5)
+    launch_forward(query, key, value, out, call)
+    launch_backward(grad, query, key, value, dq, dk, dv, call, with_bias=False)
+    leaves = [x.requires_grad_() for x in near[:3]]
+    expected = temporal_attention(*leaves, num_frames=2, num_heads=2, impl="fused")
+    for got, want in zip((out, dq, dk, dv), (expected, *torch.autograd.grad(expected, leaves, near[3])), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_query_without_keys_returns_zero_and_sends_no_gradient(device):
+    inputs = [x.requires_grad_() for x in operands(device, 2, 3, 3, 2, 16, BF16)]
+    frame_mask = torch.tensor([[True, True, True], [False, False, False]], device=device)
+    out = temporal_attention(*inputs, num_frames=3, num_heads=2, frame_mask=frame_mask, impl="fused")
+    assert out[3:].count_nonzero() == 0 and out[:3].count_nonzero() == out[:3].numel()
+    for gradient in torch.autograd.grad(out, inputs, torch.ones_like(out)):
+        assert gradient.isfinite().all() and gradient[3:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 16), (4, 0, 16)])
+def test_empty_tokens(shape, device):
+    x = torch.empty(shape, device=device, requires_grad=True)
+    bias = torch.zeros(2, 2, 2, device=device, requires_grad=True)
+    out = temporal_attention(x, x, x, num_frames=2, num_heads=2, bias=bias, impl="fused")
+    assert out.shape == shape
+    gradients = torch.autograd.grad(out.sum(), (x, bias))
+    assert gradients[0].shape == shape and gradients[1].count_nonzero() == 0
