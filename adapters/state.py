@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from temporal_layers.adapters.config import TemporalConfig
@@ -22,11 +23,14 @@ class TemporalState:
     Attributes:
         config: what was injected.
         sites: where.
+        name: of the adapter whose layers are in the model.
+        metadata: notes that are saved with it.
+        adapters: all adapters of the model by name, in the order they came: those put aside
+            (:class:`~temporal_layers.adapters.named.Aside`), and ``None`` for the one in the model.
         enabled: whether the temporal layers run at all; read when a call of the model begins.
         default_num_frames: clip length of 4-D input; ``None`` makes 4-D input plain images.
         chunking: how an autoencoder cuts clips to decode them (:class:`~temporal_layers.adapters.chunks.Chunking`);
             ``None`` to decode them whole.
-        num_frames: clip length the temporal layers work with; ``None`` where they do not run.
         image_only: ``(batch, num_frames)`` bool, true for frames that bypass the temporal layers, or ``None``.
         frozen: ``requires_grad`` of the image model's parameters before ``freeze()``, by name; ``None`` if not frozen.
         in_root_state_dict: whether the state dict being collected is that of the whole model.
@@ -35,10 +39,13 @@ class TemporalState:
     def __init__(self, config: TemporalConfig, sites: tuple[InjectionSite, ...]) -> None:
         self.config = config
         self.sites = sites
+        self.name = "default"
+        self.metadata: dict[str, str] = {}
+        self.adapters: dict[str, Any] = {"default": None}
         self.enabled = True
         self.default_num_frames: int | None = None
         self.chunking: Any = None
-        self.num_frames: Any = None
+        self._clip: Tensor | None = None
         self.image_only: Tensor | None = None
         self.frozen: dict[str, bool] | None = None
         self.in_root_state_dict = False
@@ -73,27 +80,55 @@ class TemporalState:
                     f"{who}: image_only: expected shape ({batch}, {num_frames}), one flag for each frame of each clip, "
                     f"got {tuple(image_only.shape)}; build it from the shape of the clips"
                 )
-        self.num_frames = num_frames if self.enabled else None
+        self._clip = sample.new_empty((num_frames, 0)) if self.enabled and num_frames is not None else None
         self.image_only = image_only
         return num_frames
 
     @property
+    def num_frames(self) -> Any:
+        """Clip length the temporal layers work with; ``None`` where they do not run."""
+        # Kept as the size of an empty tensor: where torch.compile compiles single blocks, it takes an int on an object
+        # that a module holds for a constant, and would compile once for every length; a size may be symbolic.
+        return None if self._clip is None else self._clip.shape[0]
+
+    @property
     def active(self) -> bool:
         """Whether the temporal layers run in the current call."""
-        return self.num_frames is not None
+        return self._clip is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles are made between calls; what tracing left behind there could not be pickled.
+        return {**self.__dict__, "_clip": None, "image_only": None}
 
     @contextmanager
     def during(self, num_frames: Any, image_only: Tensor | None) -> Iterator[None]:
         """Run the body with another clip length."""
-        if num_frames is self.num_frames and image_only is self.image_only:
-            yield  # also keeps torch.compile free of a side effect inside a checkpointed region
-            return
-        before = self.num_frames, self.image_only
-        self.num_frames, self.image_only = num_frames, image_only
+        clip = None if num_frames is None else torch.empty((num_frames, 0))
+        with self._with(clip, image_only):
+            yield
+
+    @contextmanager
+    def _with(self, clip: Tensor | None, image_only: Tensor | None) -> Iterator[None]:
+        before = self._clip, self.image_only
+        self._clip, self.image_only = clip, image_only
         try:
             yield
         finally:
-            self.num_frames, self.image_only = before
+            self._clip, self.image_only = before
+
+    @contextmanager
+    def like(self, call: tuple[Tensor | None, Tensor | None]) -> Iterator[None]:
+        """Run the body as in the call that :attr:`call` was read in."""
+        if call[0] is self._clip and call[1] is self.image_only:
+            yield  # keeps torch.compile free of a side effect inside a checkpointed region
+            return
+        with self._with(*call):
+            yield
+
+    @property
+    def call(self) -> tuple[Tensor | None, Tensor | None]:
+        """What :meth:`like` needs to run something as in the present call."""
+        return self._clip, self.image_only
 
     @contextmanager
     def collecting_root(self) -> Iterator[None]:
@@ -132,11 +167,10 @@ class _WithFrames:
     """
 
     def __init__(self, state: TemporalState, module: Callable) -> None:
-        self.state, self.num_frames, self.image_only = state, state.num_frames, state.image_only
-        self.module = module
+        self.state, self.call, self.module = state, state.call, module
 
     def __call__(self, *inputs: Any) -> Any:
-        with self.state.during(self.num_frames, self.image_only):
+        with self.state.like(self.call):
             return self.module(*inputs)
 
 

@@ -88,7 +88,7 @@ class TransformerSite(TemporalSite):
         if isinstance(extra, tuple):  # an IP-Adapter appends image embeddings to the text
             extra = extra[0]
         needs_text = self.temporal.context_dim is not None and extra is not None
-        context = extra[:: state.num_frames] if needs_text else None
+        context = extra.unflatten(0, (-1, state.num_frames))[:, 0] if needs_text else None
         return self.temporal(hidden_states, context, num_frames=state.num_frames, image_only=state.image_only)
 
 
