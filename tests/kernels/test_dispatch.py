@@ -14,7 +14,7 @@ from temporal_layers.kernels.temporal_conv import temporal_conv
 
 CPU = torch.empty(1)
 GPU = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))  # all that the choice looks at
-MAPS, TOKENS, SCALAR = torch.ones(2, 2, 2, 2), torch.ones(2, 2, 2), torch.tensor(0.5)
+MAPS, TOKENS, SCALAR = torch.ones(2, 2, 2, 2), torch.ones(2, 2, 8), torch.tensor(0.5)
 CALLS = {
     "alpha_blend": lambda impl: alpha_blend(MAPS, MAPS, SCALAR, impl=impl),
     "alpha_residual": lambda impl: alpha_residual(MAPS, MAPS, SCALAR, impl=impl),
@@ -39,13 +39,13 @@ def test_auto_is_the_reference(op):
 
 
 @every_op
-def test_fused_raises_as_long_as_there_is_no_kernel(op):
+def test_fused_raises_where_no_kernel_runs(op, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError) as error:
         CALLS[op]("fused")
-    assert str(error.value) == (
-        f"{op}: impl: expected 'auto' or 'reference' (no fused kernel exists), got 'fused'; pass impl='auto' or "
-        "impl='reference'"
-    )
+    expected = {"temporal_conv": "expected 'auto' or 'reference' (no fused kernel exists), got 'fused'"}
+    reason = expected.get(op, "expected tensors on a GPU for 'fused', got tensors on cpu")
+    assert str(error.value) == f"{op}: impl: {reason}; pass impl='auto' or impl='reference'"
 
 
 @every_op
@@ -53,9 +53,9 @@ def test_fused_raises_as_long_as_there_is_no_kernel(op):
 def test_unknown_name_raises(op, impl):
     with pytest.raises(ValueError) as error:
         CALLS[op](impl)
-    assert str(error.value) == (
-        f"{op}: impl: expected 'auto', 'fused' or 'reference', got {impl!r}; pass one of the three names"
-    )
+    others = {"temporal_attention": "'auto', 'fused', 'reference', 'sdpa' or 'xformers'"}
+    names = others.get(op, "'auto', 'fused' or 'reference'")
+    assert str(error.value) == f"{op}: impl: expected {names}, got {impl!r}; pass one of these names"
 
 
 @pytest.mark.parametrize(
