@@ -93,3 +93,8 @@ def test_a_kernel_over_its_budget_is_found(monkeypatch, change, text):
     assert resources.Row(**good).violations() == []
     assert resources.Row(**good | change).violations() == [text]
     assert resources.Row(**good | {"matrix_ops": 0, "case": "op-fp32"}).violations() == []
+
+
+def test_a_share_may_be_relaxed_for_some_cases():
+    budget = resources.Budget(vector_share=1.0, relaxed=(("masks", 0.2), ("fp32 gfx", 0.0)))
+    assert [budget.share(place) for place in ("op-bf16 sm_80", "op-masks sm_80", "op-fp32 gfx942")] == [1.0, 0.2, 0.0]
