@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from temporal_layers.config import check_at_least, check_choice
 from temporal_layers.frames import check_divisible
+from temporal_layers.kernels.dispatch import Impl
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.positions import RelativePositionBias, RotaryPosition, SinusoidalPosition, zero_
 
@@ -28,6 +29,10 @@ class TemporalAttention(nn.Module):
         causal: attend to the same and earlier frames only.
         window: largest frame distance attended to.
         zero_init: start the output projection at zero.
+
+    Attributes:
+        impl: implementation of attention over frames, ``"auto"`` at first: see ``temporal_attention``. It may be set
+            at any time; cross-attention does not use it.
 
     Raises:
         ValueError: if ``num_heads`` does not divide ``dim`` and ``head_dim`` is not given, if ``position`` is unknown,
@@ -57,6 +62,7 @@ class TemporalAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = resolve_head_dim("TemporalAttention", dim, num_heads, head_dim)
         self.context_dim = context_dim
+        self.impl: Impl | str = Impl.AUTO
         self.causal = causal
         self.window = window
         inner = self.num_heads * self.head_dim
@@ -115,8 +121,41 @@ class TemporalAttention(nn.Module):
             frame_mask=frame_mask,
             causal=self.causal,
             window=self.window,
+            impl=self.impl,
         )
         return self.to_out(attended)
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: object = None) -> None:
+        """Switch attention over frames to xformers or back; diffusers calls it on every layer of a model that has it.
+
+        ``pipe.enable_xformers_memory_efficient_attention()`` and its counterpart reach the layer by this name.
+
+        Args:
+            valid: xformers if true, ``impl="auto"`` if not.
+            attention_op: must be ``None``: one choice of kernel for the image layers seldom fits 16 frames.
+
+        Raises:
+            ValueError: if ``attention_op`` is given.
+        """
+        if attention_op is not None:
+            raise ValueError(
+                f"TemporalAttention: attention_op: expected None, got {attention_op!r}; xformers chooses its kernel by "
+                "the number of frames"
+            )
+        self.impl = Impl.XFORMERS if valid else Impl.AUTO
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Follow diffusers' choice of attention backend.
+
+        Args:
+            backend: a name of diffusers: ``"native"`` and ``"_native_..."`` are PyTorch's attention (``impl="sdpa"``,
+                which chooses its kernel itself), ``"xformers"`` is xformers, and any other, such as ``"flash"`` or
+                ``"sage"``, has no form for attention over frames and leaves ``impl="auto"``.
+        """
+        if backend.startswith(("native", "_native")):
+            self.impl = Impl.SDPA
+        else:
+            self.impl = Impl.XFORMERS if backend == "xformers" else Impl.AUTO
 
     def _check_extras(self, context: Tensor | None, frame_mask: Tensor | None, batch: int) -> None:
         if self.context_dim is None:
@@ -152,7 +191,8 @@ class TemporalAttention(nn.Module):
     def extra_repr(self) -> str:
         kind = "frames" if self.context_dim is None else f"context_dim={self.context_dim}"
         return (
-            f"{kind}, num_heads={self.num_heads}, head_dim={self.head_dim}, causal={self.causal}, window={self.window}"
+            f"{kind}, num_heads={self.num_heads}, head_dim={self.head_dim}, causal={self.causal}, "
+            f"window={self.window}, impl={str(self.impl)!r}"
         )
 
 
