@@ -130,6 +130,7 @@ class InPieces(nn.Module):
         self.chunking = chunking
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the decoder returns for all frames, which come folded into the batch of the first argument."""
         total = len(args[0])
         joined, chunks = None, self.chunking.chunks(self.num_frames)
         for first in range(0, total, self.num_frames):

@@ -4,9 +4,11 @@ import copy
 import importlib.util
 from pathlib import Path
 
+import accelerate
 import diffusers
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -281,6 +283,25 @@ def test_copies_remember_the_chunks_and_nothing_is_left_in_place_of_the_decoder(
     with pytest.raises(RuntimeError):
         decode(model, torch.randn(1, 5, 4, 4, 4))  # a wrong number of channels fails in the middle of it
     assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("kind", ["sequential", "model", "leaf_level", "compiled decoder"])
+def test_chunks_under_offloading_and_compilation(make_vae, randomise, kind):
+    model, cpu = make_vae(), torch.device("cpu")
+    adapter = randomise(inject(model, with_norm()))
+    latents = torch.randn(1, 4, 7, 4, 4)
+    expected = decode(model, latents).sample
+    if kind == "sequential":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    elif kind == "model":
+        accelerate.cpu_offload_with_hook(model, execution_device=cpu)
+    elif kind == "leaf_level":
+        apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type=kind)
+    else:
+        model.decoder = torch.compile(model.decoder, backend="eager")
+    decoder = model.decoder
+    assert_close(decode_with(adapter, latents, 5), expected)
+    assert model.decoder is decoder
 
 
 @pytest.mark.parametrize(
