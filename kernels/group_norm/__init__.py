@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,6 +23,7 @@ def group_norm(
     num_frames: int = 1,
     eps: float = 1e-5,
     activation: Literal["silu"] | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
     impl: Impl | str = Impl.AUTO,
 ) -> Float[Tensor, "batch_frames channels height width"]:
     """Group norm whose statistics run over the frames, height and width of each clip, then an activation.
@@ -39,15 +41,19 @@ def group_norm(
         num_frames: Frames that share statistics; divides the batch.
         eps: Added to the variance.
         activation: ``"silu"``, applied to the normalised map, or None.
+        memory_format: Of the result: ``torch.channels_last``, ``torch.contiguous_format``, or
+            ``torch.preserve_format``, which is channels-last if ``x`` is and contiguous otherwise. The fused kernels
+            change it at no cost.
         impl: ``"auto"`` takes the fused kernels on a GPU with triton and the reference elsewhere, ``"fused"`` and
             ``"reference"`` insist on one. Gradients of gradients need the reference.
 
     Returns:
-        The normalised maps; shape and dtype of ``x``, channels-last if ``x`` is, contiguous otherwise.
+        The normalised maps; shape and dtype of ``x``.
 
     Raises:
         ValueError: a shape, dtype or device does not match, ``num_groups`` does not divide the channels,
-            ``num_frames`` does not divide the batch, the activation is unknown, or ``impl`` cannot run.
+            ``num_frames`` does not divide the batch, the activation or the memory format is unknown, or ``impl``
+            cannot run.
 
     Source: Wu and He, Group Normalization (2018), section 3.1; over frames as in the residual blocks of 3-D
     convolutions of Align your Latents, section 3.1.
@@ -66,9 +72,17 @@ def group_norm(
             check_alike(op, name, parameter, x, "x")
     if activation not in (None, "silu"):
         raise invalid(op, "activation", "'silu' or None", repr(activation), "apply another activation to the result")
+    if memory_format not in (torch.preserve_format, torch.channels_last, torch.contiguous_format):
+        raise invalid(
+            op, "memory_format", "torch.preserve_format, torch.channels_last or torch.contiguous_format",
+            repr(memory_format), "pass a memory format of maps",
+        )  # fmt: skip
+    kept = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    memory_format = kept if memory_format == torch.preserve_format else memory_format
     if resolve_impl(op, impl, x, has_fused=True) is Impl.FUSED:
         from temporal_layers.kernels.group_norm import fused  # imports triton
 
-        arguments = num_frames, eps, activation == "silu", is_channels_last(x)
+        arguments = num_frames, eps, activation == "silu", memory_format == torch.channels_last
         return fused.group_norm(x, num_groups, weight, bias, *arguments)[0]
-    return reference.group_norm(x, num_groups, weight, bias, num_frames, eps, activation)
+    y = reference.group_norm(x, num_groups, weight, bias, num_frames, eps, activation)
+    return y.contiguous(memory_format=memory_format)

@@ -146,6 +146,11 @@ NORM_ERRORS = [
         norm(activation="gelu"),
         "activation: expected 'silu' or None, got 'gelu'; apply another activation to the result",
     ),
+    (
+        norm(memory_format=torch.channels_last_3d),
+        "memory_format: expected torch.preserve_format, torch.channels_last or torch.contiguous_format, got "
+        "torch.channels_last_3d; pass a memory format of maps",
+    ),
 ]
 KERNEL_SHAPE = (
     "weight: expected (out_channels, 6, kernel, 1), got shape %s; drop the last dimension of a (kernel, 1, 1) Conv3d "

@@ -100,6 +100,15 @@ def test_memory_format_of_the_result(dtype, layout, num_frames):
 
 
 @pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("wanted", [torch.channels_last, torch.contiguous_format])
+def test_memory_format_as_asked(layout, wanted):
+    x = random_map(6, 4, 5, 2, layout=layout)
+    result = group_norm(x, 2, num_frames=3, memory_format=wanted)
+    assert result.is_contiguous(memory_format=wanted)
+    assert torch.equal(result, group_norm(x, 2, num_frames=3))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("train", [True, False])
 def test_input_is_not_written(layout, train):
     x = random_map(4, 4, 5, 2, layout=layout)
@@ -224,6 +233,23 @@ def test_fused_writes_the_whole_result_and_nothing_else(layout, channels_last, d
     assert torch.equal(y, plain[0]) and torch.equal(to_x, plain[1])
     for room, window in rooms:
         assert room.isnan().sum() == room.numel() - window.numel()
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("wanted", [torch.channels_last, torch.contiguous_format])
+def test_fused_changes_the_memory_format(layout, wanted, device):
+    x, weight = fused_inputs((1, 2, 70, 7, 5, 7), layout, BF16, (True, False), device)
+    results = [
+        with_gradients(
+            lambda x, weight, form=form: group_norm(
+                x, 7, weight, num_frames=2, activation="silu", memory_format=form, impl="fused"
+            ),
+            x, weight, dtype=BF16,
+        )
+        for form in (wanted, torch.preserve_format)
+    ]  # fmt: skip
+    assert results[0][0].is_contiguous(memory_format=wanted)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0, check_stride=False)
 
 
 def test_fused_repeats_bit_for_bit(device):
