@@ -8,7 +8,6 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from temporal_layers import TemporalConvConfig, TemporalResBlockConfig, TemporalTransformerConfig
-from temporal_layers.adapters.origin import Source
 from temporal_layers.config import check_choice
 
 __all__ = ["SiteRule", "TemporalConfig"]
@@ -66,7 +65,6 @@ class TemporalConfig:
         include: regular expressions; only sites are filled in whose name one of them is found. Empty for all.
         exclude: regular expressions; no site is filled in whose name one of them is found.
         rules: other options for some sites; the first rule that fits a site and its layer counts.
-        origin: where converted weights come from and under which licence; it changes nothing and is saved along.
 
     Raises:
         ValueError: if no layer is configured, the options do not fit the policy, or a pattern is no regular
@@ -82,7 +80,6 @@ class TemporalConfig:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     rules: tuple[SiteRule, ...] = ()
-    origin: Source | None = None
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "rules"):

@@ -1,5 +1,7 @@
-"""Where the weights of an adapter come from, as plain values that are saved with it."""
+"""The formats of published video weights, as plain values that are saved with a converted adapter."""
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +33,6 @@ class Source:
         max_frames: length of the position tables in an AnimateDiff file; ``None`` if it has none.
         dtype: of the tensors.
         exceptions: ``"name dtype"`` of tensors with another one.
-        licence: what is known about the licence of the weights.
 
     Raises:
         ValueError: if the family is unknown, or has no such style.
@@ -45,12 +46,27 @@ class Source:
     max_frames: int | None = None
     dtype: str = "float32"
     exceptions: tuple[str, ...] = ()
-    licence: str = ""
 
     def __post_init__(self) -> None:
         check_choice("Source.family", self.family, tuple(STYLES))
         check_choice("Source.style", self.style, STYLES[self.family])
         object.__setattr__(self, "exceptions", tuple(self.exceptions))  # JSON has lists only
+
+    def to_json(self) -> str:
+        """The format as text; :meth:`from_json` undoes it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Source":
+        """Undo :meth:`to_json`.
+
+        Raises:
+            ValueError: if the text is of another kind.
+        """
+        try:
+            return cls(**json.loads(text))
+        except TypeError as error:
+            raise ValueError(f"Source.from_json: expected what to_json wrote, got {text!r}: {error}") from error
 
     def dtype_of(self, name: str) -> str:
         """The dtype of the tensor of that name, prefix included."""
