@@ -3,28 +3,26 @@
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from os import PathLike
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
-import torch
 from torch import nn
 
-from temporal_layers import AlphaBlend
-from temporal_layers.adapters import files
-from temporal_layers.adapters.attach import attach, build_layers, detach, place_of
+from temporal_layers.adapters import named
+from temporal_layers.adapters.attach import build_layers, detach
 from temporal_layers.adapters.chunks import plan_chunks
 from temporal_layers.adapters.config import TemporalConfig
+from temporal_layers.adapters.groups import Group, named_parameters, parameter_groups
 from temporal_layers.adapters.reach import receptive_field, unbounded_layers
+from temporal_layers.adapters.saving import Saving
 from temporal_layers.adapters.scale import get_scales, resolve_scales, set_scales
 from temporal_layers.adapters.sites import InjectionSite, plan
 from temporal_layers.adapters.state import TemporalState
+from temporal_layers.adapters.summary import table
 
 __all__ = ["TemporalAdapter", "adapter_of", "inject"]
 
-Group = Literal["spatial", "temporal", "alpha"]
 
-
-def inject(model: nn.Module, config: TemporalConfig | None = None) -> "TemporalAdapter":
+def inject(model: nn.Module, config: TemporalConfig | None = None, *, name: str = "default") -> "TemporalAdapter":
     """Insert temporal layers into an image model, in place.
 
     The model then takes clips ``(batch, channels, frames, height, width)`` as well as images; conditioning tensors
@@ -41,20 +39,24 @@ def inject(model: nn.Module, config: TemporalConfig | None = None) -> "TemporalA
         model: an image UNet or image autoencoder (its decoder gets the layers) of diffusers, or a model of a class
             added with :func:`~temporal_layers.adapters.register_model`.
         config: which layers, where; the Video LDM's layout if not given.
+        name: of the adapter; with a new one the model may have other adapters, which are kept aside.
 
     Returns:
         The handle: freeze, switch off, save, remove.
 
     Raises:
-        ValueError: as :func:`~temporal_layers.adapters.plan`, or if something unknown patched a module's forward.
+        ValueError: as :func:`~temporal_layers.adapters.plan`, or if something unknown patched a module's forward, or
+            the model has an adapter of that name.
 
     Example:
         >>> adapter = inject(unet)  # doctest: +SKIP
         >>> video = unet(noise, timestep, text).sample  # doctest: +SKIP
     """
     config = config or TemporalConfig()
-    sites = plan(model, config)
-    attach(model, config, sites, build_layers(model, config, sites))
+    with named.beside("inject", model, name) as state:
+        sites = plan(model, config)
+        layers = build_layers(model, config, sites)
+        named.put_in(model, name, named.Aside(config, sites, layers), state)
     return TemporalAdapter(model)
 
 
@@ -71,11 +73,11 @@ def adapter_of(model: nn.Module) -> "TemporalAdapter":
     return TemporalAdapter(model)
 
 
-class TemporalAdapter:
-    """Handle to the temporal layers of one model. Made by :func:`inject`, :meth:`from_pretrained`, :func:`adapter_of`.
+class TemporalAdapter(Saving):
+    """Handle to the temporal layers of a model. Made by :func:`inject`, :meth:`from_pretrained`, :func:`adapter_of`.
 
-    It has no state of its own: all handles of a model are equal. The clip length of a call is kept in the model, so
-    one model serves one thread at a time; give every thread a copy.
+    It has no state of its own: all handles of a model are equal, and speak of the adapter whose layers are in it. The
+    clip length of a call is kept in the model, so one model serves one thread at a time; give every thread a copy.
 
     Attributes:
         model: the model they are in.
@@ -108,6 +110,43 @@ class TemporalAdapter:
     def layers(self) -> dict[str, nn.Module]:
         """The temporal layers by the name of their site."""
         return {site.name: self.model.get_submodule(site.name).temporal for site in self.sites}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Notes that are saved with the layers, for instance their licence; from and to strings."""
+        return self._state.metadata
+
+    @property
+    def name(self) -> str:
+        """Name of the adapter whose layers are in the model; all that this handle says and does is about that one."""
+        return self._state.name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all adapters of the model, in the order they came."""
+        return tuple(self._state.adapters)
+
+    def set_active(self, name: str) -> "TemporalAdapter":
+        """Put the adapter of that name into the model, and the one that is there aside. Returns the adapter.
+
+        No weight is copied. Adapters that are kept aside are in no ``model.parameters()`` and no state dict; when they
+        come in, they follow what ``model.to(...)`` did to their hosts meanwhile. Switch between training steps, not
+        between a forward pass and its backward pass.
+
+        Raises:
+            ValueError: if there is none of that name, hooks offload the weights of the model, or something else changed
+                a module since in a way that stands in between.
+        """
+        named.switch(self.model, self._state, name)
+        return self
+
+    def delete(self, name: str) -> None:
+        """Forget an adapter that is kept aside.
+
+        Raises:
+            ValueError: if there is none of that name, or it is the one in the model.
+        """
+        named.delete(self._state, name)
 
     @property
     def num_frames(self) -> int | None:
@@ -200,23 +239,7 @@ class TemporalAdapter:
         Args:
             group: ``"spatial"`` (the image model), ``"temporal"`` (the injected layers without alpha) or ``"alpha"``.
         """
-        if group not in (None, "spatial", "temporal", "alpha"):
-            raise ValueError(
-                "TemporalAdapter.named_parameters: group: expected 'spatial', 'temporal', 'alpha' or None, "
-                f"got {group!r}"
-            )
-        temporal = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()}
-        alpha = {
-            id(parameter)
-            for layer in self.layers.values()
-            for module in layer.modules()
-            if isinstance(module, AlphaBlend)
-            for parameter in module.parameters()
-        }
-        for name, parameter in self.model.named_parameters():
-            own = "alpha" if id(parameter) in alpha else "temporal" if id(parameter) in temporal else "spatial"
-            if group in (None, own):
-                yield name, parameter
+        return named_parameters(self.model, self.layers, group)
 
     def parameter_groups(
         self, *, lr: float, alpha_lr: float | None = None, spatial_lr: float | None = None, weight_decay: float = 0.0
@@ -235,22 +258,8 @@ class TemporalAdapter:
         Returns:
             Dictionaries with ``name``, ``params``, ``lr`` and ``weight_decay``; empty groups are left out.
         """
-        groups = [
-            ("temporal", lr, weight_decay),
-            ("alpha", lr if alpha_lr is None else alpha_lr, 0.0),
-            ("spatial", spatial_lr, weight_decay),
-        ]
-        made = [
-            {
-                "name": name,
-                "params": [parameter for _, parameter in self.named_parameters(name)],
-                "lr": rate,
-                "weight_decay": decay,
-            }
-            for name, rate, decay in groups
-            if rate is not None
-        ]
-        return [group for group in made if group["params"]]
+        rates = {"temporal": lr, "alpha": lr if alpha_lr is None else alpha_lr, "spatial": spatial_lr}
+        return parameter_groups(self.model, self.layers, rates, weight_decay)
 
     def freeze(self) -> "TemporalAdapter":
         """Stop gradients of the image model's parameters; the temporal layers stay trainable. Returns the adapter."""
@@ -269,7 +278,7 @@ class TemporalAdapter:
     def remove(self) -> None:
         """Take the temporal layers out: classes, state-dict keys and outputs of the model are as before injection.
 
-        Undoes :meth:`freeze` as well.
+        Adapters that are kept aside are forgotten as well. Undoes :meth:`freeze` as well.
 
         Raises:
             ValueError: if something else changed a module since in a way that stands in between.
@@ -277,45 +286,6 @@ class TemporalAdapter:
         state = self._state
         detach(self.model)
         _restore_requires_grad(self.model, state)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The temporal weights under their full names in the model."""
-        return files.full_state_dict(self.layers)
-
-    def save_pretrained(self, folder: str | PathLike) -> None:
-        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors`` with the temporal layers to ``folder``.
-
-        The image model is not saved. Existing files are replaced only when the new ones are complete.
-
-        Raises:
-            ValueError: if the temporal layers have other tensors than injection made (LoRA on them), or no values.
-        """
-        made = build_layers(self.model, self.config, self.sites, meta=True)
-        files.save(folder, type(self.model).__name__, self.config, self.sites, made, self.state_dict())
-
-    @classmethod
-    def from_pretrained(cls, model: nn.Module, folder: str | PathLike) -> "TemporalAdapter":
-        """Inject the temporal layers saved in ``folder`` into ``model``.
-
-        Args:
-            model: an image model with the same sites as the one that was saved.
-            folder: what :meth:`save_pretrained` wrote.
-
-        Raises:
-            ValueError: if a file is missing, truncated, altered, of an unknown format or made for another model. The
-                model is then as it was.
-        """
-        saved = files.load(folder)
-        sites = plan(model, saved.config)
-        saved.check_sites(sites)
-        layers = build_layers(model, saved.config, sites, meta=True)
-        saved.check_weights(layers)
-        for name, layer in layers.items():
-            device, _ = place_of(model.get_submodule(name))
-            # A host on the meta device is still to get its weights; the layer has its own already.
-            saved.fill(name, layer, torch.device("cpu") if device.type == "meta" else device)
-        attach(model, saved.config, sites, layers)
-        return cls(model)
 
     def summary(self, file: TextIO | None = None) -> None:
         """Print a table of the sites: channels, layer, alpha and parameter count, and totals.
@@ -326,34 +296,23 @@ class TemporalAdapter:
         print(self._table(), file=file or sys.stdout)
 
     def _table(self) -> str:
-        rows = [("site", "layer", "channels", "heads", "text", "alpha", "parameters")]
-        for site, layer in zip(self.sites, self.layers.values(), strict=True):
-            heads = "-" if site.num_heads is None else f"{site.num_heads}x{site.head_dim}"
-            text = getattr(layer, "context_dim", None)
-            count = sum(parameter.numel() for parameter in layer.parameters())
-            row = (site.name, type(layer).__name__, site.channels, heads, text or "-", _alpha_text(layer), f"{count:,}")
-            rows.append(tuple(map(str, row)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) if index < 2 else cell.rjust(width) for index, (cell, width) in cells)
-            for cells in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
-        ]
-        lines.insert(1, "-" * len(lines[0]))
         counts = {
             group: sum(parameter.numel() for _, parameter in self.named_parameters(group))
             for group in ("temporal", "alpha", "spatial")
         }
         trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        lines.append(
+        total = (
             f"{type(self.model).__name__}: {len(self.sites)} sites, {counts['temporal'] + counts['alpha']:,} temporal "
             f"parameters (of them {counts['alpha']:,} alpha), {counts['spatial']:,} spatial, {trainable:,} trainable"
         )
-        return "\n".join(lines)
+        return "\n".join([*table(self.layers), total])
 
     def __repr__(self) -> str:
         if getattr(self.model, "_temporal_state", None) is None:
             return f"TemporalAdapter({type(self.model).__name__}, removed)"
-        return f"TemporalAdapter({type(self.model).__name__}, {len(self.sites)} sites)"
+        others = [name for name in self.names if name != self.name]
+        aside = f", {self.name!r}; aside: {', '.join(map(repr, others))}" if others else ""
+        return f"TemporalAdapter({type(self.model).__name__}, {len(self.sites)} sites{aside})"
 
 
 def _restore_requires_grad(model: nn.Module, state: TemporalState) -> None:
@@ -361,13 +320,3 @@ def _restore_requires_grad(model: nn.Module, state: TemporalState) -> None:
         if state.frozen is not None and name in state.frozen:
             parameter.requires_grad_(state.frozen[name])
     state.frozen = None
-
-
-def _alpha_text(layer: nn.Module) -> str:
-    if not hasattr(layer, "blend"):
-        return "-"
-    alpha = layer.blend.alpha.detach()
-    if alpha.is_meta:
-        return f"{layer.blend.config.init:.3f}"
-    low, high = alpha.min().item(), alpha.max().item()
-    return f"{low:.3f}" if low == high else f"{low:.3f}..{high:.3f}"

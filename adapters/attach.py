@@ -52,9 +52,20 @@ def place_of(host: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def attach(
-    model: nn.Module, config: TemporalConfig, sites: tuple[InjectionSite, ...], layers: dict[str, nn.Module]
+    model: nn.Module,
+    config: TemporalConfig,
+    sites: tuple[InjectionSite, ...],
+    layers: dict[str, nn.Module],
+    state: TemporalState | None = None,
 ) -> None:
     """Put ``layers`` into ``model``; on any error the model is as before.
+
+    Args:
+        model: a plain image model.
+        config: what the layers were made with.
+        sites: where they go.
+        layers: by the name of their site.
+        state: what the model's modules share; a fresh one if not given.
 
     Raises:
         ValueError: if something unknown patched the forward of a module.
@@ -64,7 +75,7 @@ def attach(
     swaps[""] = (ROOT_MIXINS[check_root(model).family], None)
     for name, host in hosts.items():
         check_swappable(name, host, *swaps[name])
-    state = TemporalState(config, sites)
+    state = TemporalState(config, sites) if state is None else state
     try:
         for name, host in hosts.items():
             if host is not model:

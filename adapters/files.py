@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,84 +13,49 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import nn
 
 import temporal_layers
 from temporal_layers.adapters.config import TemporalConfig
 from temporal_layers.adapters.sites import InjectionSite
 
-__all__ = ["SavedAdapter", "full_state_dict", "load", "save"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Content", "is_alpha", "load", "save"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+CARD_NAME = "README.md"
 FORMAT = "temporal-layers adapter"
-FORMAT_VERSION = 1
 METADATA_KEY = "temporal_layers"
-KEYS = frozenset({"format", "format_version", "library_version", "base_class", "temporal", "sites", "weights_sha256"})
+KEYS_1 = frozenset({"format", "format_version", "library_version", "base_class", "temporal", "sites", "weights_sha256"})
+KEYS = {1: KEYS_1, 2: KEYS_1 | {"metadata"}}  # by format version; the last is written, all are read
+FORMAT_VERSION = max(KEYS)
 
 
 @dataclass(frozen=True)
-class SavedAdapter:
-    """An adapter as read from its files, checked in itself but not yet against a model."""
+class Content:
+    """What the files of an adapter hold.
 
-    folder: Path
+    Attributes:
+        base_class: name of the model's class.
+        config: what was injected.
+        sites: where.
+        weights: tensors by their full names in the model.
+        metadata: notes that go with the weights.
+    """
+
     base_class: str
     config: TemporalConfig
     sites: tuple[InjectionSite, ...]
-    weights: dict[str, torch.Tensor]
-
-    def check_sites(self, sites: tuple[InjectionSite, ...]) -> None:
-        """Raise a ``ValueError`` that names the first difference between the saved sites and those of a model."""
-        other = f"the adapter was made for another model (a {self.base_class})"
-        for saved, found in zip(self.sites, sites, strict=False):
-            if saved != found:
-                raise ValueError(f"{self.folder}: expected a model with the site {saved}, got {found}; {other}")
-        if len(self.sites) != len(sites):
-            raise ValueError(
-                f"{self.folder}: expected a model with {len(self.sites)} sites, got one with {len(sites)}; {other}"
-            )
-
-    def check_weights(self, layers: dict[str, nn.Module]) -> None:
-        """Raise a ``ValueError`` unless the weights are exactly those of ``layers``, with the same shapes."""
-        expected = {key: tuple(value.shape) for key, value in full_state_dict(layers).items()}
-        found = {key: tuple(value.shape) for key, value in self.weights.items()}
-        missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-        if missing or unknown:
-            raise ValueError(
-                f"{self.folder}: expected {len(expected)} tensors, got {len(found)}: {len(missing)} missing "
-                f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}; the configuration does not belong to the weights"
-            )
-        for key, shape in expected.items():
-            if found[key] != shape:
-                raise ValueError(
-                    f"{self.folder}: {key}: expected shape {shape}, got {found[key]}; "
-                    "the configuration does not belong to the weights"
-                )
-
-    def fill(self, name: str, layer: nn.Module, device: torch.device) -> None:
-        """Give ``layer``, on the meta device, the weights of site ``name`` on ``device``, in its own dtype."""
-        prefix = f"{name}.temporal."
-        values = {
-            key: self.weights[prefix + key].to(device=device, dtype=parameter.dtype)
-            for key, parameter in layer.state_dict().items()
-        }
-        layer.load_state_dict(values, assign=True)
+    weights: dict[str, torch.Tensor] = field(repr=False)
+    metadata: dict[str, str]
 
 
-def full_state_dict(layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """The weights of temporal layers under their full names in the model."""
-    return {
-        f"{name}.temporal.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()
-    }
+def is_alpha(key: str) -> bool:
+    """Whether a weight is the logit of an alpha."""
+    return key.endswith(".temporal.blend.logit")
 
 
 def save(
-    folder: str | PathLike,
-    base_class: str,
-    config: TemporalConfig,
-    sites: tuple[InjectionSite, ...],
-    made: dict[str, nn.Module],
-    weights: dict[str, torch.Tensor],
+    folder: str | PathLike, content: Content, *, dtype: torch.dtype | None = None, card: str | None = None
 ) -> None:
     """Write an adapter to ``folder``, making it if needed.
 
@@ -100,43 +65,66 @@ def save(
 
     Args:
         folder: where to.
-        base_class: class of the model.
-        config: what was injected.
-        sites: where.
-        made: layers as injection makes them; only the names of their tensors are looked at.
-        weights: values under their full names in the model.
+        content: what.
+        dtype: stores the weights in it, alpha excepted; as they are if not given.
+        card: text of ``README.md``; none is written if not given.
 
     Raises:
-        ValueError: if the names of ``weights`` are not those of ``made``, or a weight has no value.
+        ValueError: if a weight has no value or none in ``dtype``, ``dtype`` is not floating, or the metadata is
+            something else than strings.
     """
-    changed = sorted(weights.keys() ^ full_state_dict(made).keys())
-    if changed:
-        raise ValueError(
-            f"save_pretrained: expected the tensors that injection made, got others: {len(changed)} differ "
-            f"{changed[:3]}; unload what was added to the temporal layers (LoRA) and save it by itself"
-        )
-    empty = next((key for key, value in weights.items() if value.is_meta), None)
-    if empty is not None:
-        raise ValueError(
-            f"save_pretrained: {empty}: expected a value, got a tensor on the meta device; "
-            "take off the hooks that offload it, or load the weights first"
-        )
+    check_metadata(content.metadata)
+    tensors = {key: _stored(key, value, dtype) for key, value in content.weights.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     header: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": temporal_layers.__version__,
-        "base_class": base_class,
-        "temporal": config.to_dict(),
-        "sites": [dataclasses.asdict(site) for site in sites],
+        "base_class": content.base_class,
+        "temporal": content.config.to_dict(),
+        "sites": [dataclasses.asdict(site) for site in content.sites],
+        "metadata": content.metadata,
     }
-    # Copies, because safetensors refuses tensors that share memory, as tied parameters do.
-    tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in weights.items()}
     data = save_safetensors(tensors, metadata={METADATA_KEY: json.dumps(header, sort_keys=True)})
     header["weights_sha256"] = hashlib.sha256(data).hexdigest()
     _replace(folder / WEIGHTS_NAME, data)
     _replace(folder / CONFIG_NAME, (json.dumps(header, indent=2) + "\n").encode())
+    if card is not None:
+        _replace(folder / CARD_NAME, card.encode())
+
+
+def _stored(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if value.is_meta:
+        raise ValueError(
+            f"save_pretrained: {key}: expected a value, got a tensor on the meta device; "
+            "take off the hooks that offload it, or load the weights first"
+        )
+    if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
+        raise ValueError(
+            f"save_pretrained: dtype: expected a floating dtype of two bytes or more, got {dtype}; "
+            "use torch.float16 or torch.bfloat16 for small files"
+        )
+    value = value.detach()
+    # In 16 bits an alpha near 0 or 1 would move.
+    wanted = value.dtype if dtype is None or is_alpha(key) or not value.is_floating_point() else dtype
+    # A copy, because safetensors refuses tensors that share memory, as tied parameters do.
+    stored = value.to("cpu", wanted, copy=True).contiguous()
+    if wanted != value.dtype and stored.isinf().sum() != value.isinf().sum():
+        raise ValueError(
+            f"save_pretrained: {key}: expected values within the range of {dtype}, got "
+            f"{value.abs().max().item():.3g}; use torch.bfloat16, which has the range of torch.float32"
+        )
+    return stored
+
+
+def check_metadata(metadata: Any) -> None:
+    """Raise a ``ValueError`` unless ``metadata`` is a dictionary from strings to strings."""
+    plain = isinstance(metadata, dict) and all(isinstance(part, str) for item in metadata.items() for part in item)
+    if not plain:
+        raise ValueError(
+            f"metadata: expected a dictionary from strings to strings, got {metadata!r}; turn other values into text"
+        )
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -148,7 +136,7 @@ def _replace(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(folder: str | PathLike) -> SavedAdapter:
+def load(folder: str | PathLike) -> Content:
     """Read an adapter from ``folder``.
 
     Raises:
@@ -180,12 +168,13 @@ def load(folder: str | PathLike) -> SavedAdapter:
     try:
         config = TemporalConfig.from_dict(header["temporal"])
         sites = tuple(InjectionSite(**site) for site in header["sites"])
+        check_metadata(header.get("metadata", {}))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{folder / CONFIG_NAME}: expected a configuration of this version, got: {error}; "
             f"it was written by version {header['library_version']}"
         ) from error
-    return SavedAdapter(folder, header["base_class"], config, sites, weights)
+    return Content(header["base_class"], config, sites, weights, header.get("metadata", {}))
 
 
 def _metadata(data: bytes) -> str | None:
@@ -202,12 +191,14 @@ def _read_header(path: Path) -> dict:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else type(header).__name__
         raise ValueError(f"{path}: expected format {FORMAT!r}, got {found!r}; this is not an adapter of this library")
-    if header.get("format_version") != FORMAT_VERSION:
+    version = header.get("format_version")
+    if type(version) is not int or version not in KEYS:
         raise ValueError(
-            f"{path}: expected format version {FORMAT_VERSION}, got {header.get('format_version')!r}; "
+            f"{path}: expected format version {' or '.join(map(str, KEYS))}, got {version!r}; "
             "load it with the library version that wrote it"
         )
-    missing, unknown = sorted(KEYS - header.keys()), sorted(header.keys() - KEYS)
+    keys = KEYS[version]
+    missing, unknown = sorted(keys - header.keys()), sorted(header.keys() - keys)
     if missing or unknown:
-        raise ValueError(f"{path}: expected keys {sorted(KEYS)}, missing {missing}, unknown {unknown}")
+        raise ValueError(f"{path}: expected keys {sorted(keys)}, missing {missing}, unknown {unknown}")
     return header

@@ -217,7 +217,8 @@ def test_weights_that_are_no_safetensors_file(make_host, folder, fingerprint):
     [
         ("[]", "expected format 'temporal-layers adapter', got 'list'; this is not an adapter"),
         ('{"_class_name": "UNet2DConditionModel"}', "expected format 'temporal-layers adapter', got None"),
-        ('{"format": "temporal-layers adapter", "format_version": 2}', "expected format version 1, got 2; load it"),
+        ('{"format": "temporal-layers adapter", "format_version": 3}', "expected format version 1 or 2, got 3; load"),
+        ('{"format": "temporal-layers adapter", "format_version": true}', "expected format version 1 or 2, got True"),
         ('{"format": "temporal-layers adapter", "format_version": 1}', r"expected keys .* missing \['base_class', "),
         (b"\xff\xfe", "expected JSON, got: 'utf-8' codec"),
     ],
@@ -271,7 +272,7 @@ def test_adapter_of_another_model(make_host, make_unconditional, saved, fingerpr
 def test_loading_into_an_injected_model(make_host, saved, fingerprint):
     model = make_host()
     inject(model)
-    refuse(model, saved, fingerprint, "got one that has temporal layers already; call remove")
+    refuse(model, saved, fingerprint, "got one that has temporal layers already, named 'default'; call remove")
 
 
 def test_saving_without_values(make_host, tmp_path):

@@ -1,0 +1,129 @@
+"""The part of the handle that has to do with files."""
+
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from temporal_layers.adapters import hub, named
+from temporal_layers.adapters.attach import build_layers
+from temporal_layers.adapters.weights import AdapterWeights, full_state_dict
+
+__all__ = ["Saving"]
+
+
+class Saving:
+    """Base of :class:`~temporal_layers.adapters.TemporalAdapter`: saving and loading."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The temporal weights under their full names in the model."""
+        return full_state_dict(self.layers)
+
+    def snapshot(self, name: str | None = None) -> AdapterWeights:
+        """The adapter apart from the model, to be merged, saved or put into another model; the weights are shared.
+
+        Args:
+            name: of an adapter that is kept aside; the one in the model if not given.
+
+        Raises:
+            ValueError: if there is no adapter of that name, or its layers have other tensors than injection made (LoRA
+                on them).
+        """
+        name = self._state.name if name is None else name
+        adapter = named.find(self.model, self._state, name)
+        made = build_layers(self.model, adapter.config, adapter.sites, meta=True)
+        weights = full_state_dict(adapter.layers)
+        changed = sorted(weights.keys() ^ full_state_dict(made).keys())
+        if changed:
+            raise ValueError(
+                f"TemporalAdapter.snapshot: expected the tensors that injection made, got others: {len(changed)} "
+                f"differ {changed[:3]}; unload what was added to the temporal layers (LoRA) and save it by itself"
+            )
+        base_class, metadata = type(self.model).__name__, dict(adapter.metadata)
+        return AdapterWeights(base_class, adapter.config, adapter.sites, weights, metadata, f"adapter {name!r}")
+
+    def save_pretrained(
+        self,
+        folder: str | PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        metadata: dict[str, str] | None = None,
+        card: bool = False,
+    ) -> None:
+        """Write ``config.json`` and ``diffusion_pytorch_model.safetensors`` with the temporal layers to ``folder``.
+
+        The image model is not saved. Existing files are replaced only when the new ones are complete.
+
+        Args:
+            folder: where to; made if needed.
+            dtype: stores the weights in it (``torch.float16`` halves the file), alpha excepted; as they are if not
+                given. Loading gives the layers the dtype of their hosts in any case.
+            metadata: notes to be added to :attr:`metadata`.
+            card: write ``README.md`` as well, a model card made of the metadata: ``title``, ``notes``, ``base_model``,
+                ``licence`` and whatever else is in it.
+
+        Raises:
+            ValueError: if the temporal layers have other tensors than injection made (LoRA on them), no values or none
+                in ``dtype``, ``dtype`` is not floating, or the metadata is something else than strings.
+        """
+        self.snapshot().save_pretrained(folder, dtype=dtype, metadata=metadata, card=card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        dtype: torch.dtype | None = None,
+        metadata: dict[str, str] | None = None,
+        card: bool = True,
+        **options: Any,
+    ) -> str:
+        """Put what :meth:`save_pretrained` writes into a repository of the Hugging Face Hub. Returns its address.
+
+        Args:
+            repo_id: ``"user/name"``; made if needed.
+            dtype: as for :meth:`save_pretrained`.
+            metadata: likewise.
+            card: whether to write the model card, in place of one that is there.
+            **options: ``private``, ``token``, ``revision``, ``commit_message`` and ``create_pr``, as in
+                ``huggingface_hub``.
+
+        Raises:
+            ValueError: as :meth:`save_pretrained`.
+        """
+        return self.snapshot().push_to_hub(repo_id, dtype=dtype, metadata=metadata, card=card, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        source: str | PathLike | AdapterWeights,
+        *,
+        name: str = "default",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Inject temporal layers with saved weights into ``model``.
+
+        Args:
+            model: an image model with the same sites as the one that was saved.
+            source: a folder that :meth:`save_pretrained` wrote, a repository of the Hugging Face Hub (``"user/name"``),
+                or what :meth:`snapshot` or :func:`~temporal_layers.adapters.merge` returned.
+            name: of the adapter; with a new one the model may have other adapters, which are kept aside.
+            revision: branch, tag or commit of the repository.
+            token: for private repositories; the one that is logged in if not given.
+            local_files_only: take from the hub what was downloaded before and ask nobody.
+
+        Raises:
+            ValueError: if a file is missing, truncated, altered, of an unknown format or made for another model, the
+                repository cannot be had, or the model has an adapter of that name. The model is then as it was.
+        """
+        shared = isinstance(source, AdapterWeights)
+        if not shared:
+            folder = hub.local_folder(source, revision=revision, token=token, local_files_only=local_files_only)
+            source = AdapterWeights.load(folder)
+        with named.beside("from_pretrained", model, name) as state:
+            layers = source.build(model, copy=shared)
+            named.put_in(model, name, named.Aside(source.config, source.sites, layers, dict(source.metadata)), state)
+        return cls(model)
