@@ -52,7 +52,8 @@ class AlphaBlend(nn.Module):
         self.logit = None
         if config.learned:
             logit = math.log(config.init / (1.0 - config.init))
-            self.logit = nn.Parameter(torch.full(shape, logit, device=device, dtype=torch.float32))
+            # One axis even for a scalar: FSDP2 shards no parameter without one.
+            self.logit = nn.Parameter(torch.full(shape or (1,), logit, device=device, dtype=torch.float32))
 
     @property
     def alpha(self) -> Float[Tensor, "..."]:
@@ -67,7 +68,7 @@ class AlphaBlend(nn.Module):
         if self.logit is None:
             wide = torch.promote_types(dtype, torch.float32)
             return torch.full(self.shape, self.config.init, device=device, dtype=wide)
-        return self.logit.sigmoid()
+        return self.logit.sigmoid().reshape(self.shape)
 
     def _weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The weight of the spatial branch after scaling, which is a blend with another alpha: no pass over memory."""
@@ -147,6 +148,12 @@ class AlphaBlend(nn.Module):
             return moved
 
         return super()._apply(keep_wide, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        logit = state_dict.get(f"{prefix}logit")
+        if logit is not None and logit.ndim == 0 and self.shape == ():
+            state_dict[f"{prefix}logit"] = logit.reshape(1)  # a plain number, as other libraries store it
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         kind = "learned" if self.config.learned else "fixed"
