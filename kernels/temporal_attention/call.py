@@ -65,14 +65,14 @@ class Call:
             query.dtype, bias, frame_mask, causal, window, scale,
         )  # fmt: skip
 
-    def tile(self, *, backward: bool = False, with_bias: bool = False) -> Tile:
+    def tile(self, *, backward: bool = False) -> Tile:
         """Tile of one program; see :func:`tile_for`."""
         sizes = self.num_frames, self.key_frames, self.head_dim
-        return tile_for(*sizes, self.dtype, backward=backward, with_bias=with_bias)
+        return tile_for(*sizes, self.dtype, backward=backward)
 
-    def programs(self, tile: Tile, steps: int = 1) -> int:
-        """Programs for all positions of all heads and clips, each with ``steps`` tiles of positions."""
-        return self.batch * self.num_heads * -(-self.num_positions // (tile.positions * steps))
+    def programs(self, tile: Tile) -> int:
+        """Programs for all positions of all heads and clips."""
+        return self.batch * self.num_heads * -(-self.num_positions // tile.positions)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:

@@ -13,11 +13,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The least extent of a matrix product that tensor cores take in the dimension they sum over.
 MIN_ROWS = 16
 
-# For the gradient of the bias each program writes a partial sum. Where there are more programs than this, one takes
-# BIAS_STEPS tiles of positions in turn and writes one sum for all; with fewer the GPU would not be filled.
-BIAS_PROGRAMS = 4096
-BIAS_STEPS = 16
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -65,9 +60,7 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def tile_for(
-    num_frames: int, key_frames: int, head_dim: int, dtype: torch.dtype, *, backward: bool, with_bias: bool = False
-) -> Tile:
+def tile_for(num_frames: int, key_frames: int, head_dim: int, dtype: torch.dtype, *, backward: bool) -> Tile:
     """Tile for a call.
 
     Args:
@@ -76,7 +69,6 @@ def tile_for(
         head_dim: Channels of a head.
         dtype: Dtype of the operands.
         backward: Whether it is for the backward kernel, which holds twice as many operands.
-        with_bias: Whether the backward kernel also sums up the gradient of the bias.
 
     Returns:
         The tile.
@@ -85,10 +77,7 @@ def tile_for(
     group = max(MIN_ROWS // longest, 1)
     frames, keys = (max(power_of_two(size), MIN_ROWS // group) for size in (num_frames, key_frames))
     rows = max(longest, MIN_ROWS)
-    wide = dtype == torch.float32
-    chunk, blocks, warps = TABLE[wide, backward, rows]
-    if backward and with_bias:
-        chunk, blocks, warps = BIAS_TABLE.get((wide, rows), (chunk, blocks, warps))
+    chunk, blocks, warps = TABLE[dtype == torch.float32, backward, rows]
     chunk = min(chunk, max(power_of_two(head_dim), MIN_ROWS))
     if head_dim > chunk:  # the largest with at most 16 channels of padding: 16 bytes a thread need large chunks
         chunk = next(size for size in (64, 32, 16) if size <= chunk and -head_dim % size <= 16)
@@ -109,11 +98,5 @@ TABLE = {
     (True, False, 64): (16, 1, 8),
     (True, True, 16): (16, 2, 4),
     (True, True, 32): (16, 1, 4),
-    (True, True, 64): (16, 1, 8),
-}
-
-# The same by (fp32, rows of a matrix) where the sum for the gradient of the bias needs registers too.
-BIAS_TABLE = {
-    (False, 32): (64, 1, 4),
-    (False, 64): (16, 1, 8),
+    (True, True, 64): (16, 1, 4),
 }

@@ -195,14 +195,15 @@ def test_same_bits_every_time(with_bias, device):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_gradient_of_the_bias_in_turns(dtype, device, monkeypatch):
-    """Where there are many positions a program takes several tiles in turn, the last of them beyond the end."""
-    monkeypatch.setattr(tiles, "BIAS_PROGRAMS", 3)
-    monkeypatch.setattr(tiles, "BIAS_STEPS", 3)
+def test_gradient_of_the_bias_in_several_launches(dtype, device, monkeypatch):
+    from temporal_layers.kernels.temporal_attention import fused_backward
+
+    launches, launch = [], fused_backward.launch
+    monkeypatch.setattr(fused_backward, "launch", lambda *a, **k: launches.append(a[1]) or launch(*a, **k))
+    monkeypatch.setattr(fused_backward, "BIAS_PROGRAMS", 4)
     bias = random_normal((2, 6, 5), 3).to(device, dtype)
-    check(*operands(device, 2, 6, 5, 50, 16, dtype), bias, 6, 5, 2, causal=True)
-    bias = random_normal((1, 18, 18), 3).to(device, dtype)
-    check(*operands(device, 1, 18, 18, 9, 16, dtype), bias, 18, 18, 1)
+    check(*operands(device, 1, 6, 5, 21, 16, dtype), bias, 6, 5, 2, causal=True)
+    assert launches == {BF16: [(4,), (2,)], FP32: [(4,), (4,), (4,)]}[dtype]
 
 
 @pytest.mark.parametrize(("num_frames", "key_frames", "head_dim"), [(5, 7, 40), (16, 16, 24)])
