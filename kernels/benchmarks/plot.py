@@ -6,7 +6,10 @@ from temporal_layers.kernels.benchmarks.cases import OPS
 from temporal_layers.kernels.benchmarks.report import grouped
 from temporal_layers.kernels.benchmarks.run import Row
 
-COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
+COLOURS = (
+    "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd",
+    "#2f4b7c", "#a05195", "#665191", "#003f5c",
+)  # fmt: skip
 
 
 def draw(path: Path, machine: dict, rows: list[Row]) -> None:
@@ -31,9 +34,11 @@ def draw(path: Path, machine: dict, rows: list[Row]) -> None:
     figure = Figure(figsize=(11, 1 + 2.6 * max(len(present), 1)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"Forward pass, {dtype}, on {machine['device']}: time relative to ours (shorter is faster)")
+    names = dict.fromkeys(row["provider"] for group in groups for row in group if row.get("versus_ours"))
+    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
     for index, op in enumerate(present):
         axes = figure.add_subplot(len(present), 1, index + 1)
-        bars(axes, op, [group for group in groups if group[0]["op"] == op])
+        bars(axes, op, [group for group in groups if group[0]["op"] == op], colours)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
@@ -42,14 +47,14 @@ def timed(group: list[Row]) -> dict[str, float]:
     return {row["provider"]: row["versus_ours"] for row in group if row.get("versus_ours")}
 
 
-def bars(axes, op: str, groups: list[list[Row]]) -> None:
+def bars(axes, op: str, groups: list[list[Row]], colours: dict[str, str]) -> None:
     """Bars of one operator: a cluster for each case, a colour for each provider."""
     names = list(dict.fromkeys(row["provider"] for group in groups for row in group if row.get("versus_ours")))
     width = 0.8 / len(names)
     for place, name in enumerate(names):
         heights = [timed(group).get(name, 0.0) for group in groups]
         positions = [cluster + (place - (len(names) - 1) / 2) * width for cluster in range(len(groups))]
-        drawn = axes.bar(positions, heights, width, label=name, color=COLOURS[place % len(COLOURS)])
+        drawn = axes.bar(positions, heights, width, label=name, color=colours[name])
         axes.bar_label(drawn, [f"{height:.1f}" if height else "" for height in heights], fontsize=6)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(groups)), [group[0]["case"] for group in groups], fontsize=7)

@@ -133,7 +133,7 @@ def launch_backward(
         launch_tiles(*operands, call, tile, None)
         return None
     dbias = torch.zeros(call.num_heads, call.num_frames, call.key_frames, dtype=torch.float32, device=query.device)
-    step = max(BIAS_PROGRAMS // (call.batch * call.num_heads), 1) * tile.positions
+    step = max(BIAS_PROGRAMS // max(call.batch * call.num_heads, 1), 1) * tile.positions
     for start in range(0, call.num_positions, step):
         positions = slice(start, min(start + step, call.num_positions))
         part = replace(call, num_positions=positions.stop - start)

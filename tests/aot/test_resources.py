@@ -41,7 +41,7 @@ def table():
     text = resources.TABLE.read_text(encoding="utf-8")
     lines = {}
     for line in text.splitlines():
-        if line.startswith("| ") and not line.startswith("| case"):
+        if line.startswith("| ") and not line.startswith(("| case", "| ---")):
             case, target = (cell.strip() for cell in line.split("|")[1:3])
             lines.setdefault((case, target), []).append(line)
     return lines, f"triton {version('triton')}," in text
