@@ -1,8 +1,8 @@
 """The whole job in a few minutes on a CPU: an image model flickers, temporal layers are trained, the video holds.
 
 Loads the shipped image model, samples clips frame by frame, injects temporal layers, trains them with the image model
-frozen, samples again from the same noise, and writes both as MP4 and GIF, a contact sheet, the adapter, the numbers
-and a report.
+frozen, samples again from the same noise, and once more with the shipped adapter, the same layers after a longer
+training. Writes all as MP4, GIF and WebP, a contact sheet, the adapter, the numbers and a report.
 
     temporal-layers demo
     temporal-layers demo --videos FOLDER      on your own clips
@@ -16,7 +16,7 @@ import functools
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,16 @@ from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.metrics import clip_frechet, frame_difference, motion_agreement
 from temporal_layers.recipes.report import write_report
 from temporal_layers.recipes.sheets import contact_sheet, side_by_side
-from temporal_layers.recipes.video import DEFAULT_OPTIM, alphas, driving_clips, encode_clips, sample_clips, train_video
+from temporal_layers.recipes.video import (
+    DEFAULT_OPTIM,
+    DRIVING_FPS,
+    alphas,
+    driving_clips,
+    encode_clips,
+    load_shipped_adapter,
+    sample_clips,
+    train_video,
+)
 from temporal_layers.recipes.video_io import list_videos, write_video
 
 CAPTION = "a video"
@@ -56,7 +65,7 @@ class DemoConfig:
         num_frames: Frames of a clip.
         num_clips: Clips to train on; with ``videos``, the most that are read.
         spare_frames: Frames of a training clip beyond ``num_frames``, from which the window is drawn.
-        samples: Clips to sample before and after.
+        samples: Clips to sample before, after and, on the driving model, with the shipped adapter.
         sampling_steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 turns it off.
         optim: Training of the temporal layers.
@@ -68,7 +77,7 @@ class DemoConfig:
     seed: int = 0
     videos: Path | None = None
     base: str | None = None
-    fps: float = 8.0
+    fps: float = DRIVING_FPS
     num_frames: int = 16
     num_clips: int = 72
     spare_frames: int = 8
@@ -167,26 +176,24 @@ def measure(clips: Tensor, real: Tensor) -> dict[str, float | None]:
     }
 
 
-def compare(before: Tensor, after: Tensor, real: Tensor, seed: int) -> dict[str, dict[str, float | None]]:
-    """Rows for real, before and after, and for two ways to cheat: real clips frozen, and with frames shuffled.
+def compare(clips: Mapping[str, Tensor], real: Tensor, seed: int) -> dict[str, dict[str, float | None]]:
+    """Rows for real and sampled clips, and for two ways to cheat: real clips frozen, and with frames shuffled.
 
     Args:
-        before: Clips of the image model, frame by frame.
-        after: Clips with temporal layers, as many.
+        clips: Row to sampled clips, as many in each.
         real: Real clips. If there are at least twice as many, the first are measured against the others.
         seed: Seed of the shuffling.
     """
-    count = len(after)
+    count = len(next(iter(clips.values())))
     shown, reference = (real[:count], real[count:]) if len(real) >= 2 * count else (real, real)
     order = torch.randperm(real.shape[2], generator=torch.Generator().manual_seed(seed))
     rows = {
         "real": shown,
-        "before: frame by frame": before,
-        "after: temporal layers": after,
+        **clips,
         "real, frozen": shown[:, :, :1].expand_as(shown),
         "real, shuffled": shown[:, :, order],
     }
-    return {name: measure(clips, reference) for name, clips in rows.items()}
+    return {name: measure(row, reference) for name, row in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -195,19 +202,28 @@ class DemoResult:
 
     Attributes:
         adapter: The trained temporal layers.
-        before: Clips frame by frame, ``(clips, 3, frames, height, width)``.
-        after: Clips from the same noise with temporal layers.
+        clips: Caption to clips ``(clips, 3, frames, height, width)``, all from the same noise: frame by frame, with
+            the temporal layers trained here and, on the driving model, with the shipped adapter.
         table: Numbers by row and column.
         losses: Training loss of each step.
         seconds: Wall time of the parts.
     """
 
     adapter: TemporalAdapter
-    before: Tensor
-    after: Tensor
+    clips: dict[str, Tensor]
     table: dict[str, dict[str, float | None]]
     losses: list[float]
     seconds: dict[str, float]
+
+    @property
+    def before(self) -> Tensor:
+        """The clips frame by frame."""
+        return next(iter(self.clips.values()))
+
+    @property
+    def after(self) -> Tensor:
+        """The clips with the temporal layers trained here."""
+        return list(self.clips.values())[1]
 
 
 class _Clock:
@@ -248,7 +264,7 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult:
     channels, height, width = base.latent_shape
     noise = torch.randn(config.samples, channels, config.num_frames, height, width, generator=generator)
     options = {"num_inference_steps": config.sampling_steps, "guidance_scale": config.guidance_scale}
-    before = sample_clips(base, footage.conditioning, noise, frame_by_frame=True, **options)
+    clips = {"frame by frame": sample_clips(base, footage.conditioning, noise, frame_by_frame=True, **options)}
     clock("before", f"{config.samples} clips sampled frame by frame")
     adapter, losses = train_video(
         base,
@@ -260,11 +276,15 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult:
         run=run,
     )
     clock("train", f"temporal layers trained: {len(losses)} steps, loss {_tail(losses):.4f}")
-    after = sample_clips(base, footage.conditioning, noise, **options)
+    clips[f"trained here: {len(losses)} steps"] = sample_clips(base, footage.conditioning, noise, **options)
     clock("after", f"{config.samples} clips sampled again, from the same noise")
-    table = compare(before, after, footage.real, config.seed)
+    if config.videos is None and config.base is None:
+        longer, steps = load_shipped_adapter(device)
+        clips[f"shipped: {steps} steps"] = sample_clips(longer, footage.conditioning, noise, **options)
+        clock("shipped", f"{config.samples} clips sampled with the shipped adapter, {steps} steps, from the same noise")
+    table = compare(clips, footage.real, config.seed)
     clock("measure", "clips measured")
-    result = DemoResult(adapter, before, after, table, losses, clock.seconds)
+    result = DemoResult(adapter, clips, table, losses, clock.seconds)
     _write(result, config, run, footage)
     clock("write", f"everything written to {config.out}")
     _show(result, config, console)
@@ -282,15 +302,15 @@ def _count(adapter: TemporalAdapter, *groups: str) -> int:
 
 def _write(result: DemoResult, config: DemoConfig, run: RunFolder, footage: Footage) -> None:
     out, fps, scale = config.out, config.fps, 2 if footage.real.shape[-1] <= 256 else 1
-    count = min(3, len(result.after))
-    pairs = [side_by_side(result.before[i], result.after[i], scale=scale) for i in range(count)]
-    write_video(out / "before.mp4", torch.cat(list(result.before[:count]), dim=2), fps)
-    write_video(out / "after.mp4", torch.cat(list(result.after[:count]), dim=2), fps)
-    for suffix in (".mp4", ".gif"):
-        write_video(out / f"before-after{suffix}", torch.cat(pairs, dim=2), fps)
+    count = min(3, config.samples)
+    for name, clips in zip(("before", "after", "shipped"), result.clips.values(), strict=False):
+        write_video(out / f"{name}.mp4", torch.cat(list(clips[:count]), dim=2), fps)
+    together = side_by_side({caption: clips[:count] for caption, clips in result.clips.items()}, scale=scale)
+    for suffix in (".mp4", ".gif", ".webp"):
+        write_video(out / f"before-after{suffix}", together, fps)
     rows = {"real": footage.real[0]}
     for i in range(count):
-        rows |= {f"before {i + 1}": result.before[i], f"after {i + 1}": result.after[i]}
+        rows |= {f"{i + 1} {caption}": clips[i] for caption, clips in result.clips.items()}
     columns = min(8, footage.real.shape[2])
     sheet = contact_sheet(rows, out / "contact_sheet.png", num_columns=columns, scale=scale)
     result.adapter.save_pretrained(out / "adapter")
@@ -300,10 +320,10 @@ def _write(result: DemoResult, config: DemoConfig, run: RunFolder, footage: Foot
         title="From images to video",
         summary=(
             "An image diffusion model samples every frame by itself, so the frames do not belong together. Temporal "
-            "layers are inserted behind its layers and trained on clips while the image model stays frozen. Both clips "
-            "of a pair start from the same noise."
+            "layers are inserted behind its layers and trained on clips while the image model stays frozen. All clips "
+            "of a row start from the same noise."
         ),
-        clips={f"clip {i + 1}": pair for i, pair in enumerate(pairs)},
+        clips={", ".join(result.clips): together},
         fps=fps,
         sheet=sheet,
         table={name: {key: "-" if v is None else v for key, v in row.items()} for name, row in result.table.items()},

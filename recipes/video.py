@@ -9,6 +9,7 @@ schedule and its kind of prediction stay as they are. Latents are computed once.
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,11 @@ from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase
 from temporal_layers.recipes.driving import DrivingClip, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.engine import Batch, OptimConfig, RunFolder, fit
 from temporal_layers.recipes.image_ldm import load_shipped
+
+DRIVING_FPS = 10.0
+"""Rate of the driving clips in the video stages: a whole number of hundredths of a second a frame, as GIF needs."""
+
+SHIPPED_ADAPTER = Path(__file__).parent / "weights" / "driving_video"
 
 DEFAULT_OPTIM = OptimConfig(steps=400, batch_size=2, lr=3e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
 
@@ -54,7 +60,7 @@ class VideoConfig:
     spare_frames: int = 8
     optim: OptimConfig = DEFAULT_OPTIM
     label_drop: float = 0.1
-    fps: float = 8.0
+    fps: float = DRIVING_FPS
 
 
 class VideoObjective(nn.Module):
@@ -305,11 +311,20 @@ def encode_clips(
 
 
 def driving_clips(
-    size: tuple[int, int], count: int, num_frames: int, *, fps: float = 8.0, first: int = 0, seed: int = 0
+    size: tuple[int, int], count: int, num_frames: int, *, fps: float = DRIVING_FPS, first: int = 0, seed: int = 0
 ) -> list[DrivingClip]:
     """Clips ``first`` to ``first + count - 1`` of the driving corpus at a frame size ``(height, width)``."""
     corpus = DrivingCorpus(DrivingConfig(height=size[0], width=size[1], fps=fps), seed=seed)
     return [corpus.clip(index, num_frames) for index in range(first, first + count)]
+
+
+def load_shipped_adapter(device: str = "cpu") -> tuple[LabelBase, int]:
+    """The shipped image model with the shipped temporal layers in it, and for how many steps these were trained."""
+    base = LabelBase(load_shipped())
+    TemporalAdapter.from_pretrained(base.unet, SHIPPED_ADAPTER)
+    base.ldm.to(device)
+    training = json.loads((SHIPPED_ADAPTER / "training.json").read_text())
+    return base, training["config"]["optim"]["steps"]
 
 
 def alphas(adapter: TemporalAdapter) -> dict[str, float]:

@@ -8,14 +8,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from rich.console import Console
 
-from temporal_layers.adapters import TemporalAdapter
+from temporal_layers.adapters import TemporalAdapter, inject
 from temporal_layers.recipes import cli, demo
 from temporal_layers.recipes.demo import DemoConfig, compare, run_demo
 from temporal_layers.recipes.engine import OptimConfig
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.video_io import bunny_path, read_video
 
-FILES = ("before.mp4", "after.mp4", "before-after.mp4", "before-after.gif", "contact_sheet.png", "report.html")
+FILES = ("before.mp4", "after.mp4", "contact_sheet.png", "report.html")
+FILES += tuple(f"before-after.{suffix}" for suffix in ("mp4", "gif", "webp"))
 
 
 def quick(out, **options):
@@ -49,17 +50,40 @@ def test_demo_writes_everything_it_names(tiny_ldm, tmp_path, silent):
         assert (out / name).stat().st_size > 100, name
     assert result.before.shape == result.after.shape == (2, 3, 5, 32, 48)
     clip = read_video(out / "before-after.mp4")
-    assert clip.frames.shape[1] == 5 and clip.fps == 8
+    assert clip.frames.shape[1] == 5 and clip.fps == 10
     table = json.loads((out / "metrics.json").read_text())["table"]
-    assert list(table) == ["real", "before: frame by frame", "after: temporal layers", "real, frozen", "real, shuffled"]
+    assert list(table) == ["real", "frame by frame", "trained here: 2 steps", "real, frozen", "real, shuffled"]
+    assert list(result.clips) == list(table)[1:3] and not (out / "shipped.mp4").exists()
     assert table["real, frozen"]["frame difference"] == 0
     assert "temporal parameters trained" in silent.file.getvalue()
     page = (out / "report.html").read_text()
-    assert "temporal layers" in page and f"--base {tiny_ldm}" in page
+    assert "trained here: 2 steps" in page and f"--base {tiny_ldm}" in page
     unet = UNet2DConditionModel.from_pretrained(tiny_ldm, subfolder="unet", torch_dtype=torch.float32)
     loaded = TemporalAdapter.from_pretrained(unet, out / "adapter")
     for name, value in result.adapter.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_driving_model_is_shown_with_the_shipped_adapter_too(tiny_ldm, tmp_path, silent, monkeypatch):
+    def tiny_base():
+        return demo.load_base(tiny_ldm)
+
+    longer = tiny_base()
+    adapter = inject(longer.unet)
+    with torch.no_grad():
+        for parameter in next(iter(adapter.layers.values())).parameters():
+            parameter.add_(0.5)
+    monkeypatch.setattr(demo, "load_shipped", lambda: tiny_base().ldm)
+    monkeypatch.setattr(demo, "load_shipped_adapter", lambda device: (longer, 4800))
+    out = tmp_path / "out"
+    result = run_demo(quick(out), silent)
+    assert list(result.clips) == ["frame by frame", "trained here: 2 steps", "shipped: 4800 steps"]
+    assert list(result.clips) == list(result.table)[1:4]
+    shipped = result.clips["shipped: 4800 steps"]
+    assert shipped.shape == result.after.shape
+    assert (shipped - result.before).abs().max() > 1e-3 and not torch.equal(shipped, result.after)
+    assert (out / "shipped.mp4").stat().st_size > 100
+    assert "with the shipped adapter, 4800 steps" in silent.file.getvalue()
 
 
 def test_demo_repeats_with_its_seed(tiny_ldm, tmp_path, silent):
@@ -109,7 +133,7 @@ def test_config_is_checked():
 
 def test_a_frozen_and_a_shuffled_clip_score_badly():
     clips = torch.stack([clip.frames for clip in demo.driving_clips((32, 48), 8, 16)])
-    table = compare(clips[:2], clips[2:4], clips, seed=0)
+    table = compare({"before": clips[:2], "after": clips[2:4]}, clips, seed=0)
     agreement = {name: row["motion agreement"] for name, row in table.items()}
     assert agreement["real"] > agreement["real, shuffled"] and agreement["real"] > agreement["real, frozen"]
 

@@ -8,6 +8,7 @@ from temporal_layers import fold_frames
 from temporal_layers.adapters import TemporalAdapter, adapter_of
 from temporal_layers.recipes.bases import LabelBase
 from temporal_layers.recipes.engine import OptimConfig
+from temporal_layers.recipes.image import HELD_OUT
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.video import (
     VideoObjective,
@@ -16,6 +17,7 @@ from temporal_layers.recipes.video import (
     denoising_target,
     driving_clips,
     encode_clips,
+    load_shipped_adapter,
     sample_clips,
     train_video,
     video_batches,
@@ -132,6 +134,22 @@ def test_training_overfits_one_clip_and_leaves_the_image_model_alone(base):
     assert isinstance(adapter, TemporalAdapter) and adapter_of(base.unet).sites == adapter.sites
 
 
+def test_checkpoints_hold_the_averaged_weights_of_their_step(base):
+    latents = make_latents(base)
+    seen = {}
+
+    def keep(adapter, step):
+        seen[step] = {name: value.clone() for name, value in adapter.state_dict().items()}
+
+    config = OptimConfig(steps=4, batch_size=1, lr=1e-2, schedule="constant", ema_decay=0.9, checkpoint_every=2)
+    options = {"num_frames": 3, "progress": False}
+    adapter, _ = train_video(base, latents, {"labels": torch.arange(3) % 2}, config, on_checkpoint=keep, **options)
+    assert list(seen) == [2, 4]
+    final = adapter.state_dict()
+    assert all(torch.equal(value, final[name]) for name, value in seen[4].items())
+    assert any(not torch.equal(value, final[name]) for name, value in seen[2].items())
+
+
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 1.0])
 def test_clip_noise_is_standard_normal_with_the_correlation_asked_for(correlation):
     noise = clip_noise((4, 4, 3, 64, 64), correlation=correlation, generator=torch.Generator().manual_seed(0))
@@ -185,3 +203,20 @@ def test_training_refuses_clips_that_are_too_few_or_too_short(base, shape):
     with pytest.raises(ValueError, match=r"train_video: latents: expected \(clips, .*num_frames=3 frames, got \("):
         train_video(base, torch.zeros(shape), {}, OptimConfig(steps=1, batch_size=1, lr=1e-3), num_frames=3)
     assert not hasattr(base.unet, "_temporal_state")
+
+
+def test_shipped_adapter_predicts_held_out_clips_better_than_the_image_model():
+    base, steps = load_shipped_adapter()
+    assert steps == 4800 and not base.unet.training
+    clip = driving_clips(base.frame_size, 1, 16, first=HELD_OUT)[0]
+    latents = encode_clips(base, clip.frames[None])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    objective, conditioning = VideoObjective(base, ["labels"]), torch.tensor([clip.label])
+    adapter = adapter_of(base.unet)
+    with torch.no_grad():
+        for timestep in (450, 650, 800):
+            given = (latents, noise, torch.tensor([timestep]), conditioning)
+            trained = objective(*given)["loss"]
+            with adapter.disabled():
+                untrained = objective(*given)["loss"]
+            assert trained < 0.8 * untrained, timestep
