@@ -174,6 +174,8 @@ def load(folder: str | PathLike) -> Content:
             f"{folder / CONFIG_NAME}: expected a configuration of this version, got: {error}; "
             f"it was written by version {header['library_version']}"
         ) from error
+    # Early files hold a scalar alpha without an axis.
+    weights = {key: value.reshape(1) if value.ndim == 0 else value for key, value in weights.items()}
     return Content(header["base_class"], config, sites, weights, header.get("metadata", {}))
 
 

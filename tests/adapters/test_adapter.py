@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from temporal_layers import AlphaConfig, TemporalResBlockConfig, TemporalTransformerConfig
+from temporal_layers import AlphaConfig, TemporalConvConfig, TemporalResBlockConfig, TemporalTransformerConfig
 from temporal_layers.adapters import TemporalConfig, adapter_of, inject
 
 SUMMARY = """\
@@ -120,6 +120,39 @@ def test_summary_columns_line_up_and_add_up(make_unet):
     assert total.endswith(f"{temporal:,} trainable")
 
 
+KINDS = """\
+site                     layer                     channels  heads  text  alpha  parameters
+------------------------------------------------------------------------------------------
+conv_in                 TemporalTransformerBlock         8    4x2     -  0.500         280
+down_blocks.0.resnets.0 TemporalTransformerBlock         8    2x4     -  0.500         281
+mid_block.attentions.0  TemporalTransformerBlock         8    2x4    12  0.500         625
+conv_out                TemporalConv                     4      -     -      -          52
+"""
+
+
+def test_summary_of_layers_whose_heads_the_site_does_not_know(make_unet):
+    plain = {"ff_in": False, "ff": False, "position": "none"}
+    config = TemporalConfig(
+        resblock=None,
+        transformer=TemporalTransformerConfig(num_heads=2, **plain),
+        transformer_policy="after_pair",
+        conv_in=TemporalTransformerConfig(num_heads=4, alpha=AlphaConfig(learned=False), **plain),
+        conv_out=TemporalConvConfig(),
+        include=("conv_in", "conv_out", r"down_blocks.0.resnets.0", "mid_block"),
+    )
+    model = make_unet(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    adapter = inject(model, config)
+    stream = io.StringIO()
+    adapter.summary(stream)
+    *rows, _ = stream.getvalue().splitlines()
+    assert [row.split() for row in rows[2:]] == [line.split() for line in KINDS.splitlines()[2:]]
+    adapter.scale = {"conv_out": 0.5}
+    stream = io.StringIO()
+    adapter.summary(stream)
+    rows = [row.split() for row in stream.getvalue().splitlines()[:-1]]
+    assert [row[-2] for row in rows[:1] + rows[2:]] == ["scale", "1", "1", "1", "0.5"]
+
+
 def test_summary_on_meta_shows_the_start_of_alpha(make_unet):
     with torch.device("meta"):
         adapter = inject(make_unet())
@@ -130,5 +163,7 @@ def test_summary_on_meta_shows_the_start_of_alpha(make_unet):
 
 def test_repr(adapter):
     assert repr(adapter) == "TemporalAdapter(UNet2DConditionModel, 4 sites)"
+    inject(adapter.model, TemporalConfig(resblock=None), name="zoom")
+    assert repr(adapter) == "TemporalAdapter(UNet2DConditionModel, 1 sites, 'zoom'; aside: 'default')"
     adapter.remove()
     assert repr(adapter) == "TemporalAdapter(UNet2DConditionModel, removed)"

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from temporal_layers import AlphaConfig, TemporalTransformerConfig
+from temporal_layers import AlphaConfig, TemporalResBlockConfig, TemporalTransformerConfig
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig, inject
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -291,3 +292,75 @@ def test_a_fixed_alpha_is_in_the_configuration_only(make_host, tmp_path):
     assert not any("blend" in key for key in load_file(tmp_path / WEIGHTS))
     loaded = TemporalAdapter.from_pretrained(make_host(), tmp_path)
     assert {layer.blend.alpha.item() for layer in loaded.layers.values()} == {0.25}
+
+
+def test_a_file_of_the_first_format(make_host):
+    # Written by the library before the configuration had conv_in, patterns, rules and the like.
+    folder = Path(__file__).with_name("format_1")
+    assert json.loads((folder / CONFIG).read_text())["format_version"] == 1
+    adapter = TemporalAdapter.from_pretrained(make_host(up_block_types=("UpBlock2D",)), folder)
+    assert adapter.config == TemporalConfig(
+        resblock=TemporalResBlockConfig(num_convs=1, alpha=AlphaConfig(shape="channel")),
+        transformer=TemporalTransformerConfig(ff_in=False, ff=False, position="rotary"),
+    )
+    assert adapter.metadata == {}
+    weights = load_file(folder / WEIGHTS)
+    found = adapter.state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key].reshape(weights[key].shape), weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_saving_in_another_dtype(make_host, saved, tmp_path, dtype):
+    adapter = TemporalAdapter.from_pretrained(make_host(), saved)
+    adapter.save_pretrained(tmp_path, dtype=dtype)
+    before, stored = load_file(saved / WEIGHTS), load_file(tmp_path / WEIGHTS)
+    for key, value in stored.items():
+        assert torch.equal(value, before[key].to(torch.float32 if key.endswith("logit") else dtype))
+    loaded = TemporalAdapter.from_pretrained(make_host(), tmp_path)
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_dtypes_that_cannot_hold_weights(make_host, saved, tmp_path, dtype):
+    adapter = TemporalAdapter.from_pretrained(make_host(), saved)
+    with pytest.raises(ValueError, match=f"dtype: expected a floating dtype of two bytes or more, got {dtype}; use"):
+        adapter.save_pretrained(tmp_path / "new", dtype=dtype)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_value_that_the_dtype_has_not(make_host, saved, tmp_path):
+    adapter = TemporalAdapter.from_pretrained(make_host(), saved)
+    name, layer = next(iter(adapter.layers.items()))
+    with torch.no_grad():
+        next(layer.parameters()).fill_(1e5)
+    with pytest.raises(
+        ValueError, match=rf"{name}.*: expected values within the range of torch.float16, got 1e\+05; use"
+    ):
+        adapter.save_pretrained(tmp_path / "new", dtype=torch.float16)
+    assert not (tmp_path / "new").exists()
+    adapter.save_pretrained(tmp_path / "new", dtype=torch.bfloat16)
+
+
+def test_metadata_goes_through_files(make_host, saved, tmp_path):
+    adapter = TemporalAdapter.from_pretrained(make_host(), saved)
+    assert adapter.metadata == {}
+    adapter.metadata["licence"] = "CC-BY-4.0 \u00a9"
+    adapter.save_pretrained(tmp_path, metadata={"notes": "of a test"})
+    assert adapter.metadata == {"licence": "CC-BY-4.0 \u00a9"}
+    loaded = TemporalAdapter.from_pretrained(make_host(), tmp_path)
+    assert loaded.metadata == {"licence": "CC-BY-4.0 \u00a9", "notes": "of a test"}
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("metadata", [{"steps": 3}, {3: "steps"}, ["steps"]])
+def test_metadata_that_is_no_text(make_host, saved, folder, fingerprint, tmp_path, metadata):
+    match = "metadata: expected a dictionary from strings to strings, got .*steps.*; turn other values into text"
+    adapter = TemporalAdapter.from_pretrained(make_host(), saved)
+    with pytest.raises(ValueError, match=match):
+        adapter.save_pretrained(tmp_path / "new", metadata=metadata, card=True)
+    assert not (tmp_path / "new").exists()
+    if 3 not in metadata:  # which JSON cannot say
+        rewrite(folder, lambda header: header.update(metadata=metadata))
+        refuse(make_host(), folder, fingerprint, "expected a configuration of this version, got: metadata: expected")
