@@ -1,5 +1,6 @@
 """The model card of an adapter: a page for people, under a header for the hub."""
 
+import json
 import re
 
 import diffusers
@@ -76,7 +77,7 @@ def _example(adapter: Content, base: str, repo_id: str | None) -> str:
     name = adapter.base_class
     family = getattr(MODELS.get(name), "family", "unet")
     folder = "vae" if family == "autoencoder" else "unet"
-    source = repr(base) if base else '"..."'
+    source = json.dumps(base or "...")  # in double quotes, whatever is in it
     lines = ["from temporal_layers.adapters import TemporalAdapter", ""]
     if hasattr(diffusers, name):
         lines.insert(0, f"from diffusers import {name}")
