@@ -1,7 +1,7 @@
 """The part of the handle that has to do with files."""
 
 from os import PathLike
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +11,8 @@ from temporal_layers.adapters.attach import build_layers
 from temporal_layers.adapters.weights import AdapterWeights, full_state_dict
 
 __all__ = ["Saving"]
+
+Handle = TypeVar("Handle", bound="Saving")  # not typing.Self, which a run-time check of one function cannot resolve
 
 
 class Saving:
@@ -95,7 +97,7 @@ class Saving:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Handle],
         model: nn.Module,
         source: str | PathLike | AdapterWeights,
         *,
@@ -103,7 +105,7 @@ class Saving:
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
-    ) -> Self:
+    ) -> Handle:
         """Inject temporal layers with saved weights into ``model``.
 
         Args:

@@ -3,7 +3,6 @@
 import importlib.util
 from enum import StrEnum
 
-import torch
 from torch import Tensor
 
 from temporal_layers.kernels.checks import invalid
@@ -26,11 +25,13 @@ class Impl(StrEnum):
     XFORMERS = "xformers"
 
 
-@torch.compiler.assume_constant_result
+# A constant rather than a cached function, of which torch.compile warns.
+TRITON_FOUND = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
-    """Whether triton is installed. Looks for it without importing it."""
-    # No cache of functools: torch.compile warns of one. Once triton is loaded, this is a look into sys.modules.
-    return importlib.util.find_spec("triton") is not None
+    """Whether triton is installed. It is looked for without importing it."""
+    return TRITON_FOUND
 
 
 def resolve_impl(

@@ -19,7 +19,7 @@ HEAVY = {"accelerate", "av", "diffusers", "matplotlib", "peft", "rich", "transfo
 ALLOWED_HEAVY = {
     "kernels": {"triton", "xformers"},
     "temporal_layers": set(),
-    "adapters": {"diffusers", "xformers"},
+    "adapters": {"accelerate", "diffusers", "xformers"},
     "recipes": HEAVY - {"triton", "xformers"},
     "benchmarks": {"diffusers", "matplotlib", "xformers"},
 }
