@@ -30,9 +30,8 @@ def inject(model: nn.Module, config: TemporalConfig | None = None, *, name: str 
     (zero-initialised layers). The layers get the dtype and device of the modules they follow and the weights of the
     model are untouched. Either all sites are filled or the model is as before.
 
-    Beside others: set up offloading after the injection. Add a LoRA that is to be trained together with the temporal
-    layers before it, because PEFT freezes all that is there when it comes. The model's state dict has the temporal
-    layers in it; the state dict of a part of the model is that of the image model, so that
+    Beside others, see docs/compatibility.md: LoRAs, processors and offloading may come before or after the injection;
+    a LoRA on the image model leaves the temporal layers trainable. The model's state dict has the temporal layers in it; the state dict of a part of the model is that of the image model, so that
     ``ControlNetModel.from_unet`` and the like work.
 
     Args:

@@ -5,6 +5,7 @@ from torch import nn
 
 from temporal_layers.adapters.autoencoder import VideoAutoencoder
 from temporal_layers.adapters.config import TemporalConfig
+from temporal_layers.adapters.offload import device_of, follow
 from temporal_layers.adapters.registry import HOSTS, find
 from temporal_layers.adapters.roots import VideoUNet
 from temporal_layers.adapters.sites import InjectionSite, check_root
@@ -46,9 +47,8 @@ def place_of(host: nn.Module) -> tuple[torch.device, torch.dtype]:
     The dtype is that of the first parameter that is stored as it is computed with: quantised weights are integers, and
     layerwise casting stores eight bits.
     """
-    parameters = list(host.parameters())
-    wide = (p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1)
-    return parameters[0].device, next(wide, torch.get_default_dtype())
+    wide = (p.dtype for p in host.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    return device_of(host), next(wide, torch.get_default_dtype())
 
 
 def attach(
@@ -79,6 +79,7 @@ def attach(
     try:
         for name, host in hosts.items():
             if host is not model:
+                follow(host, layers[name])
                 host.temporal = layers[name].train(host.training)
             host._temporal_state = state
             swap_class(host, *swaps[name])

@@ -1,11 +1,13 @@
 """Mixins of the swapped root models: they accept clips, fold them into the batch and unfold the result."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from temporal_layers import TemporalAttention
 from temporal_layers.adapters.state import wrap_checkpointing
 from temporal_layers.adapters.swap import Swapped
 from temporal_layers.frames import fold_frames, unfold_frames
@@ -16,8 +18,57 @@ __all__ = ["PerFrame", "VideoModel", "VideoUNet"]
 UNTOUCHED = frozenset({"cross_attention_kwargs"})
 
 
+class KeepsTrainable:
+    """A method of the image model that freezes what is there, with the temporal layers left as trainable as they were.
+
+    PEFT freezes a model when it adds a LoRA to it, which would end the training of the temporal layers in silence. If
+    the LoRA is on temporal layers, those are the frozen base, as PEFT means it. Models without the method have none.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        if model is None:
+            return self
+        method = getattr(super(self.owner, model), self.name)
+
+        @functools.wraps(method)
+        def keeping(*args: Any, **kwargs: Any) -> Any:
+            before = [(parameter, parameter.requires_grad) for parameter in _temporal_parameters(model)]
+            result = method(*args, **kwargs)
+            if len(list(_temporal_parameters(model))) == len(before):
+                for parameter, trainable in before:
+                    parameter.requires_grad_(trainable)
+            return result
+
+        return keeping
+
+
+def _temporal_parameters(model: Any) -> Iterator[nn.Parameter]:
+    for site in model._temporal_state.sites:
+        yield from model.get_submodule(site.name).temporal.parameters()
+
+
 class VideoModel(Swapped):
     """Mixin of every root model."""
+
+    add_adapter = KeepsTrainable()
+    load_lora_adapter = KeepsTrainable()
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As in diffusers, for attention over frames too, as far as it has the backend."""
+        super().set_attention_backend(backend)
+        for module in self.modules():
+            if isinstance(module, TemporalAttention):
+                module.set_attention_backend(backend.lower())
+
+    def reset_attention_backend(self) -> None:
+        """As in diffusers; attention over frames chooses its implementation itself again."""
+        super().reset_attention_backend()
+        for module in self.modules():
+            if isinstance(module, TemporalAttention):
+                module.impl = "auto"
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
         """As in diffusers, with a function that also remembers the clip length."""
@@ -115,5 +166,6 @@ class PerFrame:
                 f"{self.who}: {name}: expected {self.batch} (clips) or {total} (clips times frames) in front, "
                 f"got shape {tuple(value.shape)}; the image model would repeat it in silence or fail"
             )
-        # repeat_interleave would fix the clip length under torch.compile in torch 2.11.
-        return value[:, None].expand(-1, self.num_frames, *value.shape[1:]).flatten(0, 1)
+        # repeat_interleave would fix the clip length under torch.compile in torch 2.11. Not a view with a stride of 0,
+        # which a single clip would give: linear layers round otherwise for it.
+        return value[:, None].expand(-1, self.num_frames, *value.shape[1:]).flatten(0, 1).contiguous()

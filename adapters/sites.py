@@ -20,6 +20,7 @@ from temporal_layers import (
 )
 from temporal_layers.adapters.catalogue import VIDEO_MODULES
 from temporal_layers.adapters.config import TemporalConfig
+from temporal_layers.adapters.offload import check_in_place
 from temporal_layers.adapters.registry import HOSTS, MODELS, ModelClass, find
 
 __all__ = ["InjectionSite", "plan"]
@@ -103,7 +104,8 @@ def plan(model: nn.Module, config: TemporalConfig | None = None) -> tuple[Inject
 
     Raises:
         ValueError: if the model is of another class, is a video model already, is injected already, has no site, its
-            weights are being offloaded, or a pattern of the configuration is found in no site.
+            weights are offloaded in a way that new layers cannot join, or a pattern of the configuration is found in
+            no site.
     """
     config = config or TemporalConfig()
     part = check_root(model).part
@@ -161,19 +163,6 @@ def check_root(model: nn.Module) -> ModelClass:
             "or a wrapper around it, or add its class with register_model"
         )
     return root
-
-
-def check_in_place(model: nn.Module) -> None:
-    """Raise a ``ValueError`` if hooks move the weights of ``model`` about: they would not know of new layers."""
-    for name, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)  # accelerate's, one or a sequence
-        registry = getattr(module, "_diffusers_hook", None)
-        offloads = any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
-        if offloads or (registry is not None and registry.get_hook("group_offloading") is not None):
-            raise ValueError(
-                f"plan: {name or 'model'}: expected weights that stay in place, got hooks that offload them; "
-                "inject first, then set up offloading"
-            )
 
 
 def _candidates(model: nn.Module, scope: nn.Module, prefix: str, config: TemporalConfig) -> Iterator[InjectionSite]:

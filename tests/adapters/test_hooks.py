@@ -1,13 +1,15 @@
 """Hooks of accelerate and diffusers that replace a module's forward, set before and after an injection."""
 
+import copy
+
 import accelerate
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry, apply_group_offloading, apply_layerwise_casting
 from diffusers.hooks import ModelHook as DiffusersHook
 
-from temporal_layers.adapters import inject
+from temporal_layers.adapters import TemporalAdapter, adapter_of, inject
 
 CPU = torch.device("cpu")
 
@@ -152,17 +154,63 @@ def test_group_offload_after_injection(case, kind):
     assert torch.equal(model(*inputs).sample, expected)
 
 
-def test_injection_under_offloading_hooks_is_refused(make_unet):
-    # They hold lists of the weights they move, and would leave the new layers where they are.
-    match = "plan: .*: expected weights that stay in place, got hooks that offload them; inject first, then set up"
-    sequential, mixed, grouped = make_unet(), make_unet(), make_unet()
-    accelerate.cpu_offload(sequential, execution_device=CPU)
-    add_hook_to_module(mixed.conv_in, Count())
-    add_hook_to_module(mixed.conv_in, AlignDevicesHook(CPU, offload=True, weights_map={}), append=True)
-    apply_group_offloading(grouped, onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
-    for model in (sequential, mixed, grouped):
-        with pytest.raises(ValueError, match=match):
+@pytest.mark.parametrize("kind", ["sequential", "disk", "leaf_level", "block_level"])
+def test_injection_under_offloading_hooks(case, kind, tmp_path):
+    # The layers join: their weights come for each call and go again, like those of their hosts.
+    model, inputs, expected, inject_same = case
+    image = model(inputs[0][:, :, 0], *inputs[1:]).sample
+    twin = copy.deepcopy(model)
+    inject_same(twin)
+    adapter_of(twin).save_pretrained(tmp_path / "adapter")
+    if kind == "sequential":
+        accelerate.cpu_offload(model, execution_device=CPU)
+    elif kind == "disk":
+        accelerate.disk_offload(model, tmp_path / "weights", execution_device=CPU)
+    else:
+        groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        apply_group_offloading(model, onload_device=CPU, offload_device=CPU, offload_type=kind, **groups)
+    adapter = TemporalAdapter.from_pretrained(model, tmp_path / "adapter")
+    temporal = dict(adapter.named_parameters("temporal")) | dict(adapter.named_parameters("alpha"))
+    if kind in ("sequential", "disk"):
+        assert all(parameter.is_meta for parameter in temporal.values())
+    else:
+        moved = {id(tensor) for module in model.modules() for tensor in moved_with(module)}
+        assert {id(parameter) for parameter in temporal.values()} <= moved
+    assert torch.equal(model(*inputs).sample, expected)
+    adapter.remove()
+    assert torch.equal(model(inputs[0][:, :, 0], *inputs[1:]).sample, image)
+    assert torch.equal(inject(model).model(inputs[0][:, :, 0], *inputs[1:]).sample, image)
+
+
+def moved_with(module):
+    """All tensors that diffusers' group offloading brings when ``module`` is called."""
+    hook = module._diffusers_hook.get_hook("group_offloading") if hasattr(module, "_diffusers_hook") else None
+    if hook is None:
+        return []
+    inside = [parameter for part in hook.group.modules for parameter in part.parameters()]
+    return [*inside, *hook.group.parameters]
+
+
+def test_offloading_that_new_layers_cannot_join_is_refused(make_unet, fingerprint, tmp_path):
+    together, on_disk = make_unet(), make_unet()
+    accelerate.cpu_offload(together, execution_device=CPU, preload_module_classes=["ResnetBlock2D"])
+    apply_group_offloading(
+        on_disk,
+        onload_device=CPU,
+        offload_device=CPU,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        offload_to_disk_path=str(tmp_path),
+    )
+    cases = {
+        together: r"resnets\.0: .* load a module's children",
+        on_disk: r"plan: .*: .* group offloading with a stream",
+    }
+    for model, match in cases.items():
+        before = fingerprint(model)
+        with pytest.raises(ValueError, match=match + r".*; inject first, then set up offloading"):
             inject(model)
+        assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize("order", ["casting first", "injection first"])

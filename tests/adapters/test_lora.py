@@ -9,6 +9,7 @@ from peft.utils import get_peft_model_state_dict
 from temporal_layers.adapters import inject
 
 SPATIAL_ONLY = {"exclude_modules": r".*\.temporal\..*"}
+MOTION = r".*\.temporal\..*(to_q|to_k|to_v|to_out)"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -97,17 +98,69 @@ def test_excluding_the_temporal_layers(make_unet):
     assert names[0] == names[1] and names[0]
 
 
-def test_training_both_needs_the_lora_first(make_unet):
-    # PEFT freezes all that is there when it comes; what is injected later is trainable.
+@pytest.mark.parametrize("order", ["LoRA first", "injection first"])
+def test_a_spatial_lora_trains_beside_the_temporal_layers(make_unet, order):
+    # PEFT freezes all that is there when it comes; the temporal layers stay as trainable as they were.
     model = make_unet()
-    model.add_adapter(LoraConfig(r=2, target_modules=TARGETS))
-    adapter = inject(model)
+    if order == "LoRA first":
+        model.add_adapter(LoraConfig(r=2, target_modules=TARGETS))
+        adapter = inject(model)
+    else:
+        adapter = inject(model)
+        model.mid_block.resnets[0].temporal.blend.logit.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=2, target_modules=TARGETS, **SPATIAL_ONLY))
+        assert not model.mid_block.resnets[0].temporal.blend.logit.requires_grad
+        model.mid_block.resnets[0].temporal.blend.logit.requires_grad_(True)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {name for name, _ in model.named_parameters() if ".temporal." in name or "lora" in name}
     adapter.remove()
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
         name for name in trainable if "lora" in name
     }
+
+
+def test_loading_a_spatial_lora_does_not_freeze_the_temporal_layers(make_unet, lora_weights):
+    model = make_unet()
+    adapter = inject(model)
+    load_lora(model, lora_weights)
+    assert all(parameter.requires_grad for _, parameter in adapter.named_parameters("temporal"))
+    assert not model.conv_in.weight.requires_grad
+
+
+def test_models_without_loras_have_none_after_an_injection(make_unconditional):
+    model = make_unconditional()
+    inject(model)
+    assert not hasattr(model, "add_adapter")
+
+
+def test_a_motion_lora_on_the_temporal_layers_only(make_unet, randomise, tmp_path):
+    model, merged = make_unet(), make_unet()
+    merged.load_state_dict(model.state_dict())
+    adapter, other = randomise(inject(model)), inject(merged)
+    merged.load_state_dict(model.state_dict())
+    model.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=MOTION))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable and all(".temporal." in name and "lora_" in name for name in trainable)
+    with torch.no_grad():
+        for name in trainable:
+            model.get_parameter(name).normal_(std=0.3)
+        for name, layer in model.named_modules():
+            if hasattr(layer, "lora_A"):  # W + alpha / r * B A
+                product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+                merged.get_submodule(name).weight.add_(3.0 * product)
+        clips, text = torch.randn(1, 4, 2, 8, 8), torch.randn(1, 3, 12)
+        expected = merged(clips, 7, text).sample
+        torch.testing.assert_close(model(clips, 7, text).sample, expected, rtol=1e-5, atol=1e-5)
+        with adapter.disabled(), other.disabled():
+            assert torch.equal(model(clips, 7, text).sample, merged(clips, 7, text).sample)
+        model.save_lora_adapter(tmp_path)
+        third = make_unet()
+        inject(third)
+        third.load_state_dict(
+            {key.replace(".base_layer", ""): value for key, value in model.state_dict().items() if "lora_" not in key}
+        )
+        third.load_lora_adapter(str(tmp_path), prefix=None, weight_name="pytorch_lora_weights.safetensors")
+        assert torch.equal(third(clips, 7, text).sample, model(clips, 7, text).sample)
 
 
 def test_processors_are_those_of_the_image_model(make_unet, randomise):
