@@ -61,7 +61,10 @@ def image_model_of(weights: Weights, *, part: str | None = None, head_dim: int |
     try:
         model.load_state_dict(values)
     except RuntimeError as error:
-        raise ValueError(f"image_model_of: {foreign.where}: expected the shapes of {source}, got: {error}") from error
+        raise ValueError(
+            f"image_model_of: {foreign.where}: expected the shapes of {source}, got others: "
+            f"{' '.join(str(error).split())}; the file is of a variant that is not supported"
+        ) from error
     return model.eval()
 
 

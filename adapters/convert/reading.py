@@ -84,7 +84,7 @@ def _read_file(path: Path) -> Foreign:
             f"{path}: expected tensors in plain containers, got a pickle with more in it, which would run its code: "
             f"{str(error).splitlines()[0]}; ask for a .safetensors file"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: expected a PyTorch file, got: {error}; it is damaged: download it again") from error
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}: expected tensors by name, got a {type(values).__name__}")
