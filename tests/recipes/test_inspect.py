@@ -28,9 +28,7 @@ def test_the_counts_of_stable_diffusion_need_no_weights(tmp_path, capsys):
     code, out, _ = run(capsys, tmp_path)
     assert code == 0
     assert "down_blocks.0.attentions.0.transformer_blocks.0  TemporalTransformerBlock" in out
-    assert (
-        "38 sites, 649,687,078 temporal parameters (of them 38 alpha), 859,520,964 spatial" in out
-    )
+    assert "38 sites, 649,687,078 temporal parameters (of them 38 alpha), 859,520,964 spatial" in out
     # 649,687,078 parameters of 4 and 2 bytes; training adds 16 bytes for each of them to the frozen 859,520,964.
     assert "temporal weights: 2.60 GB with float32 weights, 1.30 GB with bfloat16 weights" in out
     assert "training, beside activations: 13.83 GB with float32 weights, 12.11 GB with bfloat16 weights" in out
