@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, MotionAdapter, UNet3DConditionModel, UNetSpatioTemporalConditionModel
+from diffusers import AutoencoderKL, MotionAdapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,7 +24,6 @@ from temporal_layers.adapters.convert import (
     save_foreign,
     source_of,
 )
-from temporal_layers.adapters.convert.original import original_names
 
 spec = importlib.util.spec_from_file_location("video_models", Path(__file__).parent / "video_models.py")
 video = importlib.util.module_from_spec(spec)
@@ -44,49 +43,6 @@ def tensors(motion):
 @pytest.fixture
 def unet(motion):
     return video.image_unet_of(motion)
-
-
-NAMES = {  # in the published files of the full-size models
-    "svd": (
-        UNetSpatioTemporalConditionModel,
-        {
-            "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.3.0.op.weight",
-            "down_blocks.2.attentions.1.temporal_transformer_blocks.0.ff_in.net.2.bias": (
-                "input_blocks.8.1.time_stack.0.ff_in.net.2.bias"
-            ),
-            "down_blocks.3.resnets.1.time_mixer.mix_factor": "input_blocks.11.0.time_mixer.mix_factor",
-            "mid_block.resnets.1.temporal_res_block.time_emb_proj.weight": (
-                "middle_block.2.time_stack.emb_layers.1.weight"
-            ),
-            "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.1.conv.weight",
-            "up_blocks.1.upsamplers.0.conv.weight": "output_blocks.5.2.conv.weight",
-            "up_blocks.3.attentions.2.time_pos_embed.linear_2.weight": "output_blocks.11.1.time_pos_embed.2.weight",
-        },
-    ),
-    "modelscope": (
-        UNet3DConditionModel,
-        {
-            "transformer_in.proj_in.weight": "input_blocks.0.1.proj_in.weight",
-            "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.3.op.weight",
-            "down_blocks.3.temp_convs.1.conv4.3.weight": "input_blocks.11.0.temopral_conv.conv4.3.weight",
-            "mid_block.temp_attentions.0.norm.bias": "middle_block.2.norm.bias",
-            "mid_block.resnets.1.conv1.weight": "middle_block.3.in_layers.2.weight",
-            "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.1.conv.weight",
-            "up_blocks.1.upsamplers.0.conv.weight": "output_blocks.5.3.conv.weight",
-            "up_blocks.3.temp_attentions.2.proj_out.bias": "output_blocks.11.2.proj_out.bias",
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("family", NAMES)
-def test_names_of_the_published_sizes(family):
-    cls, expected = NAMES[family]
-    with torch.device("meta"):
-        keys = list(cls().state_dict())
-    renamed = original_names(family, keys)
-    assert len(set(renamed.values())) == len(keys)
-    assert {key: renamed[key] for key in expected} == expected
 
 
 def nested(tensors):
