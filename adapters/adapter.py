@@ -31,8 +31,9 @@ def inject(model: nn.Module, config: TemporalConfig | None = None, *, name: str 
     model are untouched. Either all sites are filled or the model is as before.
 
     Beside others, see docs/compatibility.md: LoRAs, processors and offloading may come before or after the injection;
-    a LoRA on the image model leaves the temporal layers trainable. The model's state dict has the temporal layers in it; the state dict of a part of the model is that of the image model, so that
-    ``ControlNetModel.from_unet`` and the like work.
+    a LoRA on the image model leaves the temporal layers trainable. The model's state dict has the temporal layers in
+    it; the state dict of a part of the model is that of the image model, so that ``ControlNetModel.from_unet`` and the
+    like work.
 
     Args:
         model: an image UNet or image autoencoder (its decoder gets the layers) of diffusers, or a model of a class

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import temporal_layers
 from temporal_layers.adapters.config import TemporalConfig
@@ -99,6 +100,11 @@ def _stored(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> torch.T
         raise ValueError(
             f"save_pretrained: {key}: expected a value, got a tensor on the meta device; "
             "take off the hooks that offload it, or load the weights first"
+        )
+    if is_traceable_wrapper_subclass(value):
+        raise ValueError(
+            f"save_pretrained: {key}: expected a plain tensor, got a {type(value).__name__}; "
+            "save the adapter before its layers are quantised"
         )
     if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
         raise ValueError(

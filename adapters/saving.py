@@ -25,6 +25,8 @@ class Saving:
     def snapshot(self, name: str | None = None) -> AdapterWeights:
         """The adapter apart from the model, to be merged, saved or put into another model; the weights are shared.
 
+        Weights that FSDP2 shards are gathered, so that all processes have to call this.
+
         Args:
             name: of an adapter that is kept aside; the one in the model if not given.
 
@@ -35,14 +37,15 @@ class Saving:
         name = self._state.name if name is None else name
         adapter = named.find(self.model, self._state, name)
         made = build_layers(self.model, adapter.config, adapter.sites, meta=True)
-        weights = full_state_dict(adapter.layers)
+        weights = {key: _whole(value) for key, value in full_state_dict(adapter.layers).items()}
         changed = sorted(weights.keys() ^ full_state_dict(made).keys())
         if changed:
             raise ValueError(
                 f"TemporalAdapter.snapshot: expected the tensors that injection made, got others: {len(changed)} "
                 f"differ {changed[:3]}; unload what was added to the temporal layers (LoRA) and save it by itself"
             )
-        base_class, metadata = type(self.model).__name__, dict(adapter.metadata)
+        # Not the name of the class as it is now, which fully_shard changes.
+        base_class, metadata = type(self.model).spatial_class.__name__, dict(adapter.metadata)
         return AdapterWeights(base_class, adapter.config, adapter.sites, weights, metadata, f"adapter {name!r}")
 
     def save_pretrained(
@@ -55,7 +58,8 @@ class Saving:
     ) -> None:
         """Write ``config.json`` and ``diffusion_pytorch_model.safetensors`` with the temporal layers to ``folder``.
 
-        The image model is not saved. Existing files are replaced only when the new ones are complete.
+        The image model is not saved. Existing files are replaced only when the new ones are complete. Under FSDP2 all
+        processes have to call this, and the first one writes.
 
         Args:
             folder: where to; made if needed.
@@ -69,7 +73,10 @@ class Saving:
             ValueError: if the temporal layers have other tensors than injection made (LoRA on them), no values or none
                 in ``dtype``, ``dtype`` is not floating, or the metadata is something else than strings.
         """
-        self.snapshot().save_pretrained(folder, dtype=dtype, metadata=metadata, card=card)
+        snapshot = self.snapshot()
+        sharded = any(hasattr(value, "full_tensor") for value in self.state_dict().values())
+        if not sharded or torch.distributed.get_rank() == 0:
+            snapshot.save_pretrained(folder, dtype=dtype, metadata=metadata, card=card)
 
     def push_to_hub(
         self,
@@ -129,3 +136,7 @@ class Saving:
             layers = source.build(model, copy=shared)
             named.put_in(model, name, named.Aside(source.config, source.sites, layers, dict(source.metadata)), state)
         return cls(model)
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
