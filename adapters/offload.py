@@ -50,7 +50,8 @@ def device_of(host: nn.Module) -> torch.device:
 def follow(host: nn.Module, layer: nn.Module) -> None:
     """Offload ``layer``, which is not in ``host`` yet, as the weights of ``host`` are."""
     aligned = next((hook for module in host.modules() for hook in _align_hooks(module)), None)
-    if aligned is not None and not hasattr(layer, "_hf_hook"):  # a layer that was in before has its hooks
+    has_hooks = any(hook for module in layer.modules() for hook in _align_hooks(module))  # it was in before
+    if aligned is not None and not has_hooks:
         import accelerate  # optional; it is there, or its hook would not be
 
         device, buffers = aligned.execution_device, aligned.offload_buffers

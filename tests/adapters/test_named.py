@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import accelerate
 import pytest
 import torch
 from torch.nn.utils import parametrize
@@ -293,3 +294,32 @@ def test_summary_is_about_the_one_in_the_model(two):
     stream = io.StringIO()
     two.summary(stream)
     assert "TemporalConv " in stream.getvalue() and "TemporalResBlock" not in stream.getvalue()
+
+
+def test_offloading_that_layers_cannot_join(two, fingerprint):
+    accelerate.hooks.attach_align_device_hook(
+        two.model, execution_device="cpu", offload=True, weights_map=two.model.state_dict(),
+        preload_module_classes=["ResnetBlock2D"],
+    )  # fmt: skip
+    match = "set_active: plan: .*: expected weights that stay in place, .*; switch before that as well"
+    refuse(two, fingerprint, match, lambda: two.set_active("motion"))
+
+
+def by_accelerate(model):
+    accelerate.cpu_offload(model, execution_device="cpu")
+
+
+def by_leaf_groups(model):
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+
+
+def by_block_groups(model):
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+
+
+@pytest.mark.parametrize("offload", [by_accelerate, by_leaf_groups, by_block_groups])
+def test_switching_under_offloading(two, call, offload):
+    expected = {name: call(two.set_active(name).model) for name in ("motion", "zoom")}
+    offload(two.model)
+    for name in ("zoom", "motion", "zoom", "motion"):
+        assert torch.equal(call(two.set_active(name).model), expected[name])
