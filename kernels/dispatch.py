@@ -1,6 +1,7 @@
 """Choice between an operator's fused kernel and its eager reference."""
 
 import importlib.util
+import os
 from enum import StrEnum
 
 from torch import Tensor
@@ -13,7 +14,8 @@ class Impl(StrEnum):
     """Which implementation of an operator runs.
 
     ``AUTO`` takes the fused kernel where the operator has one, triton is installed and the tensors are on a
-    CUDA (or ROCm) device, and the eager reference everywhere else. ``FUSED`` never falls back: where the kernel
+    CUDA (or ROCm) device, and the eager reference everywhere else; with ``TEMPORAL_LAYERS_IMPL=reference`` in the
+    environment when the library is imported it is the reference on every device. ``FUSED`` never falls back: where the kernel
     cannot run it raises. It also runs interpreted on CPU tensors (``TRITON_INTERPRET=1``). ``REFERENCE`` is plain
     PyTorch on any device. ``SDPA`` and ``XFORMERS`` are for attention only: PyTorch's and xformers' own kernels.
     """
@@ -24,6 +26,9 @@ class Impl(StrEnum):
     SDPA = "sdpa"
     XFORMERS = "xformers"
 
+
+# Read once, like all that decides about kernels. A way out for whoever suspects a fused kernel.
+REFERENCE_ONLY = os.environ.get("TEMPORAL_LAYERS_IMPL") == "reference"
 
 # A constant rather than a cached function, of which torch.compile warns.
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
@@ -68,7 +73,7 @@ def resolve_impl(
     if impl not in ("auto", "fused"):
         return Impl(impl)
     if impl == "auto":
-        runs = has_fused and refusal is None and tensor.is_cuda and has_triton()
+        runs = has_fused and refusal is None and tensor.is_cuda and has_triton() and not REFERENCE_ONLY
         return Impl.FUSED if runs else Impl.REFERENCE
     if not has_fused:
         expected, got = "'auto' or 'reference' (no fused kernel exists)", "'fused'"

@@ -39,6 +39,24 @@ def test_auto_is_the_reference(op):
     assert torch.equal(CALLS[op]("reference"), expected)
 
 
+def test_the_environment_can_ask_for_the_reference_everywhere(triton, monkeypatch):
+    triton(True)
+    assert resolve_impl("op", "auto", GPU, has_fused=True) == Impl.FUSED
+    monkeypatch.setattr(dispatch, "REFERENCE_ONLY", True)
+    assert resolve_impl("op", "auto", GPU, has_fused=True) == Impl.REFERENCE
+    assert resolve_impl("op", "fused", GPU, has_fused=True) == Impl.FUSED
+
+
+@pytest.mark.parametrize(("value", "only"), [("reference", True), ("auto", False), (None, False)])
+def test_the_environment_is_read_at_import(value, only, monkeypatch):
+    monkeypatch.delenv("TEMPORAL_LAYERS_IMPL", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TEMPORAL_LAYERS_IMPL", value)
+    fresh = {"__name__": dispatch.__name__}
+    exec(compile(Path(dispatch.__file__).read_text(), dispatch.__file__, "exec"), fresh)
+    assert fresh["REFERENCE_ONLY"] is only
+
+
 @every_op
 def test_fused_raises_where_no_kernel_runs(op, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
