@@ -15,9 +15,10 @@ class Impl(StrEnum):
 
     ``AUTO`` takes the fused kernel where the operator has one, triton is installed and the tensors are on a
     CUDA (or ROCm) device, and the eager reference everywhere else; with ``TEMPORAL_LAYERS_IMPL=reference`` in the
-    environment when the library is imported it is the reference on every device. ``FUSED`` never falls back: where the kernel
-    cannot run it raises. It also runs interpreted on CPU tensors (``TRITON_INTERPRET=1``). ``REFERENCE`` is plain
-    PyTorch on any device. ``SDPA`` and ``XFORMERS`` are for attention only: PyTorch's and xformers' own kernels.
+    environment when the library is imported it is the reference on every device. ``FUSED`` never falls back: where
+    the kernel cannot run it raises. It also runs interpreted on CPU tensors (``TRITON_INTERPRET=1``).
+    ``REFERENCE`` is plain PyTorch on any device. ``SDPA`` and ``XFORMERS`` are for attention only: PyTorch's and
+    xformers' own kernels.
     """
 
     AUTO = "auto"
