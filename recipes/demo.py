@@ -12,7 +12,7 @@ training. Writes all as MP4, GIF and WebP, a contact sheet, the adapter, the num
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 import platform
 import sys
 import time
@@ -29,6 +29,7 @@ from torch import Tensor
 from temporal_layers.adapters import TemporalAdapter
 from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase, load_base
 from temporal_layers.recipes.clip_reader import ClipReader
+from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.engine import OptimConfig, RunFolder, versions
 from temporal_layers.recipes.image import HELD_OUT, finetune_frames
 from temporal_layers.recipes.image_ldm import load_shipped
@@ -39,7 +40,6 @@ from temporal_layers.recipes.video import (
     DEFAULT_OPTIM,
     DRIVING_FPS,
     alphas,
-    driving_clips,
     encode_clips,
     load_shipped_adapter,
     sample_clips,
@@ -49,6 +49,9 @@ from temporal_layers.recipes.video_io import list_videos, write_video
 
 CAPTION = "a video"
 """Text for clips that come without one."""
+
+SHOWN = ("dusk clear", "day rain", "dusk snow", "day clear", "night rain", "night clear")
+"""Labels of the driving clips that are sampled and compared with, in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +122,10 @@ class Footage:
 def generated_footage(base: VideoBase, config: DemoConfig) -> Footage:
     """Clips of the driving corpus; those to compare with are held out from every training in this repository."""
     length = config.num_frames + config.spare_frames
-    draw = functools.partial(driving_clips, base.frame_size, fps=config.fps, seed=config.seed)
-    train = draw(config.num_clips, length)
-    real = draw(4 * config.samples, config.num_frames, first=HELD_OUT)
+    height, width = base.frame_size
+    corpus = DrivingCorpus(DrivingConfig(height=height, width=width, fps=config.fps), seed=config.seed)
+    train = [corpus.clip(index, length) for index in range(config.num_clips)]
+    real = [corpus.clip(index, config.num_frames) for index in _held_out(corpus, 4 * config.samples)]
     shown = real[: config.samples]
     return Footage(
         train=torch.stack([clip.frames for clip in train]),
@@ -130,6 +134,15 @@ def generated_footage(base: VideoBase, config: DemoConfig) -> Footage:
         conditioning=base.conditioning([clip.label for clip in shown], [clip.caption for clip in shown]),
         note="generated driving clips",
     )
+
+
+def _held_out(corpus: DrivingCorpus, count: int) -> list[int]:
+    """Held-out clips whose labels take turns, so that few samples show much and real ones are of the same kinds."""
+    ahead = {label: itertools.count(HELD_OUT) for label in SHOWN}
+    return [
+        next(index for index in ahead[label] if LABELS[corpus.label(index)] == label)
+        for label in itertools.islice(itertools.cycle(SHOWN), count)
+    ]
 
 
 def own_footage(base: VideoBase, config: DemoConfig) -> Footage:

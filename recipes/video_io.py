@@ -326,7 +326,7 @@ def _to_palette(frames: np.ndarray) -> list[Image.Image]:
     """256-colour images with one palette for the clip and a dither fixed in place: neither flickers."""
     count, height, width, _ = frames.shape
     sample = frames.reshape(count * height, width, 3)
-    step = max(1, sample.shape[0] * width // 2_000_000)
+    step = max(1, sample.shape[0] * width // 200_000)
     palette = Image.fromarray(sample[::step]).quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1)
     pattern = np.tile(_bayer(3), (height // 8 + 1, width // 8 + 1))[:height, :width, None]
     dithered = (frames + pattern * 12).round().clip(0, 255).astype(np.uint8)

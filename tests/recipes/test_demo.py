@@ -11,8 +11,11 @@ from rich.console import Console
 from temporal_layers.adapters import TemporalAdapter, inject
 from temporal_layers.recipes import cli, demo
 from temporal_layers.recipes.demo import DemoConfig, compare, run_demo
+from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.engine import OptimConfig
+from temporal_layers.recipes.image import HELD_OUT
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
+from temporal_layers.recipes.video import driving_clips
 from temporal_layers.recipes.video_io import bunny_path, read_video
 
 FILES = ("before.mp4", "after.mp4", "contact_sheet.png", "report.html")
@@ -62,6 +65,19 @@ def test_demo_writes_everything_it_names(tiny_ldm, tmp_path, silent):
     loaded = TemporalAdapter.from_pretrained(unet, out / "adapter")
     for name, value in result.adapter.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_driving_clips_to_compare_with_are_held_out_and_of_the_kinds_that_are_sampled(tiny_ldm):
+    base = demo.load_base(tiny_ldm)
+    footage = demo.generated_footage(base, DemoConfig(num_clips=1, spare_frames=0, num_frames=2, samples=7))
+    assert footage.real.shape == (28, 3, 2, 32, 48) and len(footage.conditioning["labels"]) == 7
+    corpus = DrivingCorpus(DrivingConfig(height=32, width=48, fps=10.0))
+    ours = [i for i in range(HELD_OUT, HELD_OUT + 200) if LABELS[corpus.label(i)] in demo.SHOWN]
+    held_out = {corpus.clip(i, 2).frames.numpy().tobytes(): corpus.label(i) for i in ours}
+    labels = [held_out[clip.numpy().tobytes()] for clip in footage.real]
+    assert [LABELS[label] for label in labels] == [demo.SHOWN[i % 6] for i in range(28)]
+    assert footage.conditioning["labels"].tolist() == labels[:7]
+    assert len({clip.numpy().tobytes() for clip in footage.real}) == 28
 
 
 def test_driving_model_is_shown_with_the_shipped_adapter_too(tiny_ldm, tmp_path, silent, monkeypatch):
@@ -132,7 +148,7 @@ def test_config_is_checked():
 
 
 def test_a_frozen_and_a_shuffled_clip_score_badly():
-    clips = torch.stack([clip.frames for clip in demo.driving_clips((32, 48), 8, 16)])
+    clips = torch.stack([clip.frames for clip in driving_clips((32, 48), 8, 16)])
     table = compare({"before": clips[:2], "after": clips[2:4]}, clips, seed=0)
     agreement = {name: row["motion agreement"] for name, row in table.items()}
     assert agreement["real"] > agreement["real, shuffled"] and agreement["real"] > agreement["real, frozen"]
