@@ -50,7 +50,7 @@ from temporal_layers.recipes.video_io import list_videos, write_video
 CAPTION = "a video"
 """Text for clips that come without one."""
 
-SHOWN = ("dusk clear", "day rain", "dusk snow", "day clear", "night rain", "night clear")
+SHOWN = ("day clear", "dusk clear", "day rain", "night clear", "night rain", "dusk snow")
 """Labels of the driving clips that are sampled and compared with, in turn."""
 
 
