@@ -35,6 +35,7 @@ from temporal_layers.recipes.image import HELD_OUT, finetune_frames
 from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.metrics import clip_frechet, frame_difference, motion_agreement
 from temporal_layers.recipes.report import write_report
+from temporal_layers.recipes.sampling import sample_clips
 from temporal_layers.recipes.sheets import contact_sheet, side_by_side
 from temporal_layers.recipes.video import (
     DEFAULT_OPTIM,
@@ -42,7 +43,6 @@ from temporal_layers.recipes.video import (
     alphas,
     encode_clips,
     load_shipped_adapter,
-    sample_clips,
     train_video,
 )
 from temporal_layers.recipes.video_io import list_videos, write_video
@@ -70,6 +70,7 @@ class DemoConfig:
         spare_frames: Frames of a training clip beyond ``num_frames``, from which the window is drawn.
         samples: Clips to sample before, after and, on the driving model, with the shipped adapter.
         sampling_steps: Denoising steps.
+        eta: Fresh noise in each of them, from 0 (none: DDIM) to below 1 (nearly DDPM).
         guidance_scale: Classifier-free guidance; 1 turns it off.
         optim: Training of the temporal layers.
         finetune_autoencoder: Training of the shipped autoencoder on the frames of ``videos``.
@@ -85,9 +86,10 @@ class DemoConfig:
     num_clips: int = 72
     spare_frames: int = 8
     samples: int = 6
-    sampling_steps: int = 20
+    sampling_steps: int = 30
+    eta: float = 0.99
     guidance_scale: float = 1.0
-    optim: OptimConfig = dataclasses.replace(DEFAULT_OPTIM, steps=160)
+    optim: OptimConfig = dataclasses.replace(DEFAULT_OPTIM, steps=150)
     finetune_autoencoder: OptimConfig = OptimConfig(steps=150, batch_size=4, lr=5e-4, ema_decay=0.95, weight_decay=0.0)
     finetune_unet: OptimConfig = OptimConfig(steps=300, batch_size=16, lr=5e-4, ema_decay=0.98)
 
@@ -276,7 +278,12 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult:
     generator = torch.Generator().manual_seed(config.seed)
     channels, height, width = base.latent_shape
     noise = torch.randn(config.samples, channels, config.num_frames, height, width, generator=generator)
-    options = {"num_inference_steps": config.sampling_steps, "guidance_scale": config.guidance_scale}
+    options = {
+        "num_inference_steps": config.sampling_steps,
+        "guidance_scale": config.guidance_scale,
+        "eta": config.eta,
+        "seed": config.seed,
+    }
     clips = {"frame by frame": sample_clips(base, footage.conditioning, noise, frame_by_frame=True, **options)}
     clock("before", f"{config.samples} clips sampled frame by frame")
     adapter, losses = train_video(

@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig, inject
 from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase
 from temporal_layers.recipes.driving import DrivingClip, DrivingConfig, DrivingCorpus
@@ -243,64 +242,6 @@ def train_video(
     )
     base.unet.eval()
     return adapter, history
-
-
-@torch.no_grad()
-def sample_clips(
-    base: VideoBase,
-    conditioning: Conditioning,
-    noise: Float[Tensor, "clips channels frames height width"],
-    *,
-    frame_by_frame: bool = False,
-    num_inference_steps: int = 25,
-    guidance_scale: float = 1.0,
-    batch_size: int = 2,
-) -> Float[Tensor, "clips 3 frames height width"]:
-    """Sample clips with the base's sampler and classifier-free guidance, a few clips at a time.
-
-    Args:
-        base: The image model, with temporal layers unless ``frame_by_frame``.
-        conditioning: One row a clip.
-        noise: Standard normal starting point, which also says how many clips of how many frames.
-        frame_by_frame: Sample every frame by itself, as an image; needs no temporal layers.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Weight of the guidance; 1 turns it off and halves the cost.
-        batch_size: Clips at a time, which bounds the memory.
-
-    Returns:
-        Frames in [0, 1].
-    """
-    num_frames = noise.shape[2]
-    parts = []
-    for first in range(0, len(noise), batch_size):
-        rows = slice(first, first + batch_size)
-        some, start = {name: value[rows] for name, value in conditioning.items()}, noise[rows]
-        if frame_by_frame:
-            some = {name: value.repeat_interleave(num_frames, dim=0) for name, value in some.items()}
-            start = fold_frames(start)
-        latents = _denoise(base, some, start, num_inference_steps, guidance_scale)
-        latents = latents if frame_by_frame else fold_frames(latents)
-        parts.append(unfold_frames(base.decode(latents).cpu(), num_frames))
-    return torch.cat(parts)
-
-
-def _denoise(base: VideoBase, conditioning: Conditioning, noise: Tensor, steps: int, guidance_scale: float) -> Tensor:
-    scheduler = type(base.scheduler).from_config(base.scheduler.config)
-    scheduler.set_timesteps(steps)
-    device = base.unet.device
-    latents = noise.to(device, base.unet.dtype) * scheduler.init_noise_sigma
-    conditioning = {name: value.to(device) for name, value in conditioning.items()}
-    guided = guidance_scale != 1 and bool(conditioning)
-    if guided:
-        free = base.no_conditioning(len(noise))
-        conditioning = {name: torch.cat([free[name].to(device), value]) for name, value in conditioning.items()}
-    for timestep in scheduler.timesteps:
-        output = base.predict(torch.cat([latents, latents]) if guided else latents, timestep, conditioning)
-        if guided:
-            without, given = output.chunk(2)
-            output = without + guidance_scale * (given - without)
-        latents = scheduler.step(output, timestep, latents).prev_sample
-    return latents
 
 
 def encode_clips(

@@ -10,6 +10,7 @@ from temporal_layers.recipes.bases import LabelBase
 from temporal_layers.recipes.engine import OptimConfig
 from temporal_layers.recipes.image import HELD_OUT
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
+from temporal_layers.recipes.sampling import sample_clips
 from temporal_layers.recipes.video import (
     VideoObjective,
     alphas,
@@ -18,7 +19,6 @@ from temporal_layers.recipes.video import (
     driving_clips,
     encode_clips,
     load_shipped_adapter,
-    sample_clips,
     train_video,
     video_batches,
 )
@@ -175,21 +175,52 @@ def test_training_repeats_with_its_seed():
     assert run(0) == run(0) != run(1)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-def test_frame_by_frame_is_the_image_model_and_the_disabled_adapter(base, guidance_scale):
+@pytest.mark.parametrize(("guidance_scale", "eta"), [(1.0, 0.0), (2.5, 0.0), (1.0, 0.99)])
+def test_frame_by_frame_is_the_image_model_and_the_disabled_adapter(base, guidance_scale, eta):
     noise = make_latents(base, clips=2, frames=3)
     conditioning = base.conditioning([0, 1], ["", ""])
-    options = {"num_inference_steps": 2, "guidance_scale": guidance_scale, "batch_size": 1}
+    options = {"num_inference_steps": 2, "guidance_scale": guidance_scale, "eta": eta, "batch_size": 1}
     images = sample_clips(base, conditioning, noise, frame_by_frame=True, **options)
     assert images.shape == (2, 3, 3, 16, 24) and images.min() >= 0 and images.max() <= 1
-    single = sample_clips(base, base.conditioning([1], [""]), noise[1:, :, 2:], frame_by_frame=True, **options)
-    torch.testing.assert_close(single[0, :, 0], images[1, :, 2], rtol=0, atol=1e-4)
+    if eta == 0:
+        single = sample_clips(base, base.conditioning([1], [""]), noise[1:, :, 2:], frame_by_frame=True, **options)
+        torch.testing.assert_close(single[0, :, 0], images[1, :, 2], rtol=0, atol=1e-4)
     config = OptimConfig(steps=20, batch_size=2, lr=1e-2)
     adapter, _ = train_video(base, noise, conditioning, config, num_frames=3, progress=False)
     with adapter.disabled():
         disabled = sample_clips(base, conditioning, noise, **options)
     torch.testing.assert_close(disabled, images, rtol=0, atol=1e-5)
     assert (sample_clips(base, conditioning, noise, **options) - images).abs().max() > 1e-2
+
+
+def test_fresh_noise_in_each_step_gives_the_distribution_of_the_data(base, monkeypatch):
+    """For data N(0, 0.25) the best prediction is linear, and any eta must lead from noise back to that variance."""
+    bars = base.scheduler.alphas_cumprod
+
+    def predict(noisy, timestep, conditioning):
+        bar = bars[timestep]
+        clean = noisy * 0.25 * bar.sqrt() / (0.25 * bar + 1 - bar)
+        noise = (noisy - bar.sqrt() * clean) / (1 - bar).sqrt()
+        return bar.sqrt() * noise - (1 - bar).sqrt() * clean
+
+    monkeypatch.setattr(base, "predict", predict)
+    monkeypatch.setattr(base, "decode", lambda latents: latents)
+    noise = torch.randn(2, 4, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    first, again, other, none = (
+        sample_clips(base, {}, noise, num_inference_steps=500, eta=eta, seed=seed)
+        for eta, seed in ((0.99, 0), (0.99, 0), (0.99, 1), (0.0, 0))
+    )
+    assert torch.equal(first, again)
+    for clips in (first, other, none):
+        assert clips.std().item() == pytest.approx(0.5, rel=0.05)
+    assert torch.corrcoef(torch.stack([none.flatten(), noise.flatten()]))[0, 1] > 0.99
+    assert torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1] < 0.3
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.0])
+def test_sampling_refuses_an_eta_out_of_range(base, eta):
+    with pytest.raises(ValueError, match=r"sample_clips: eta: expected a value from 0 to below 1, got"):
+        sample_clips(base, {}, make_latents(base), eta=eta)
 
 
 def test_encode_clips_encodes_each_frame(base):
