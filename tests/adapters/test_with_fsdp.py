@@ -2,6 +2,8 @@
 
 import importlib.util
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,7 +71,14 @@ def test_two_processes_equal_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(port, tmp_path), nprocs=WORLD)
+    # Scripts of their own: a spawned process would have to import this file, which pytest loads by its path.
+    command = [sys.executable, "-P", __file__]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(port), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        for rank in range(WORLD)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * WORLD, "\n".join(errors)
     model, clips, text = make_model()
     adapter = adapter_of(model)
     losses = [torch.load(tmp_path / f"loss{rank}.pt") for rank in range(WORLD)]
@@ -90,3 +99,7 @@ def test_two_processes_equal_one(tmp_path):
     assert loaded.keys() == adapter.state_dict().keys()
     assert all(torch.equal(value, loaded[name]) for name, value in adapter.state_dict().items())
     assert '"base_class": "UNet2DConditionModel"' in (tmp_path / "adapter" / "config.json").read_text()
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
