@@ -1,8 +1,9 @@
 """Eager reference of the blend: the specification and the CPU product.
 
 A blend is bound by memory, and autograd's composition of it in fp32 moves and keeps fp32 copies of 16-bit branches.
-So both operators are autograd functions: they keep the branches as they came, and on a CPU they convert and
-combine block by block, in the cache. On a GPU, and where the backward pass is itself differentiated, a block is the
+So both operators are autograd functions: they keep the branches as they came, and on a CPU a single weight goes into
+PyTorch's own kernels as a number, which compute in fp32 whatever the dtype; other weights are combined with the
+branches block by block, in the cache. On a GPU, and where the backward pass is itself differentiated, a block is the
 whole tensor. ``torch.compile`` gets the plain arithmetic, which it fuses and differentiates itself.
 """
 
@@ -16,6 +17,9 @@ from temporal_layers.kernels.layout import is_channels_last
 
 # Elements of one block: three fp32 operands stay in a core's cache, and the interpreter's cost disappears.
 BLOCK_ELEMENTS = 1 << 18
+
+# The same for a sum of products, whose operands are read twice.
+SUM_ELEMENTS = 1 << 16
 
 
 def alpha_blend(
@@ -81,6 +85,9 @@ class Blend(torch.autograd.Function):
         """Combines the branches; keeps them for the backward pass only where the weight is trained."""
         ctx.temporal_dtype = temporal.dtype
         ctx.save_for_backward(weight, *((spatial, temporal) if ctx.needs_input_grad[2] else ()))
+        number = as_number(weight)
+        if number is not None and spatial.dtype == temporal.dtype:
+            return torch.lerp(temporal, spatial, number)
         return blockwise(Blend.combine, weight, spatial, temporal)
 
     @staticmethod
@@ -89,9 +96,9 @@ class Blend(torch.autograd.Function):
         weight, *branches = ctx.saved_tensors
         to_spatial, to_temporal, to_weight = ctx.needs_input_grad
         return (
-            blockwise(lambda g, w: g * w, weight, grad) if to_spatial else None,
-            blockwise(lambda g, w: g * (1 - w), weight, grad).to(ctx.temporal_dtype) if to_temporal else None,
-            reduced(lambda g, s, t: g * (s - t), weight, grad, *branches) if to_weight else None,
+            weighed(grad, weight) if to_spatial else None,
+            weighed(grad, 1 - weight).to(ctx.temporal_dtype) if to_temporal else None,
+            reduced(torch.sub, weight, grad, *branches) if to_weight else None,
         )
 
 
@@ -108,6 +115,9 @@ class WeightedResidual(torch.autograd.Function):
         """Adds the weighted update; keeps it for the backward pass only where the weight is trained."""
         ctx.update_dtype = update.dtype
         ctx.save_for_backward(weight, *((update,) if ctx.needs_input_grad[2] else ()))
+        number = as_number(weight)
+        if number is not None and hidden.dtype == update.dtype:
+            return torch.add(hidden, update, alpha=number)
         return blockwise(WeightedResidual.combine, weight, hidden, update)
 
     @staticmethod
@@ -117,14 +127,26 @@ class WeightedResidual(torch.autograd.Function):
         to_hidden, to_update, to_weight = ctx.needs_input_grad
         return (
             grad if to_hidden else None,
-            blockwise(lambda g, w: g * w, weight, grad).to(ctx.update_dtype) if to_update else None,
-            reduced(lambda g, u: g * u, weight, grad, *update) if to_weight else None,
+            weighed(grad, weight).to(ctx.update_dtype) if to_update else None,
+            reduced(lambda u: u, weight, grad, *update) if to_weight else None,
         )
+
+
+def as_number(weight: Tensor) -> float | None:
+    """A single weight as a number, where reading it costs nothing and nothing is differentiated through it."""
+    is_one = weight.numel() == 1 and weight.device.type == "cpu" and type(weight) is Tensor
+    return weight.item() if is_one and not torch.is_grad_enabled() else None
+
+
+def weighed(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad * weight`` in the dtype of ``grad``."""
+    number = as_number(weight)
+    return blockwise(lambda g, w: g * w, weight, grad) if number is None else grad * number
 
 
 def blockwise(combine: Callable[..., Tensor], weight: Tensor, first: Tensor, *others: Tensor) -> Tensor:
     """``combine(first, *others, weight)`` in the dtype of ``first``, one block at a time."""
-    blocks = cut(first)
+    blocks = cut(first, BLOCK_ELEMENTS)
     if len(blocks) == 1 or first.dtype == weight.dtype:
         return combine(first, *others, weight).to(first.dtype)
     out, weight = torch.empty_like(first), weight.expand(first.shape)
@@ -133,27 +155,31 @@ def blockwise(combine: Callable[..., Tensor], weight: Tensor, first: Tensor, *ot
     return out
 
 
-def reduced(product: Callable[..., Tensor], weight: Tensor, *tensors: Tensor) -> Tensor:
-    """Sum of ``product(*tensors)`` in the dtype of ``weight``, over the dimensions along which it broadcasts."""
-    blocks = cut(tensors[0])
+def reduced(factor: Callable[..., Tensor], weight: Tensor, grad: Tensor, *others: Tensor) -> Tensor:
+    """Sum of ``grad * factor(*others)`` in the dtype of ``weight``, over the dimensions along which it broadcasts."""
+    blocks, wide = cut(grad, SUM_ELEMENTS), weight.dtype
     if len(blocks) == 1:
-        return product(*(x.to(weight.dtype) for x in tensors)).sum_to_size(weight.shape)
+        return (grad.to(wide) * factor(*(x.to(wide) for x in others))).sum_to_size(weight.shape)
     total = torch.zeros_like(weight)
     spread = [dim for dim, size in enumerate(weight.shape) if size == 1]
     for block in blocks:
-        part = product(*(x[block].to(weight.dtype) for x in tensors)).sum(spread, keepdim=True)
-        total[tuple(slice(None) if dim in spread else block[dim] for dim in range(2))] += part
+        left, right = grad[block].to(wide), factor(*(x[block].to(wide) for x in others))
+        if weight.numel() == 1:
+            total += torch.dot(left.flatten(), right.flatten())
+        else:
+            part = (left * right).sum(spread, keepdim=True)
+            total[tuple(slice(None) if dim in spread else block[dim] for dim in range(2))] += part
     return total
 
 
-def cut(x: Tensor) -> list[tuple[slice, slice]]:
-    """Blocks of rows and lines of a 3-D tensor, each within ``BLOCK_ELEMENTS`` unless a single line is longer."""
+def cut(x: Tensor, elements: int) -> list[tuple[slice, slice]]:
+    """Blocks of rows and lines of a 3-D tensor, each within ``elements`` unless a single line is longer."""
     whole = [(slice(None), slice(None))]
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= BLOCK_ELEMENTS:
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= elements:
         return whole
     rows, lines, items = x.shape
-    step_lines = min(max(BLOCK_ELEMENTS // items, 1), lines)
-    step_rows = max(BLOCK_ELEMENTS // (items * lines), 1)
+    step_lines = min(max(elements // items, 1), lines)
+    step_rows = max(elements // (items * lines), 1)
     return [
         (slice(row, row + step_rows), slice(line, line + step_lines))
         for row in range(0, rows, step_rows)

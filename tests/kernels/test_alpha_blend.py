@@ -23,7 +23,8 @@ FORMATS = ["contiguous", "channels_last", "strided"]
 @pytest.fixture(params=[1 << 18, 8], ids=["whole", "blocks"])
 def block(request, monkeypatch):
     """Runs a test with whole tensors, and with blocks that cut rows and lines unevenly."""
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", request.param)
+    for name in ("BLOCK_ELEMENTS", "SUM_ELEMENTS"):
+        monkeypatch.setattr(reference, name, request.param)
 
 
 def formula(op, first, second, alpha, num_frames, channel_dim):
@@ -86,7 +87,8 @@ def test_maps_match_the_formula(op, batch, num_frames, channels, size, per, layo
     shape = () if per is None else (num_frames if per[0] else 1, channels if per[1] else 1)
     alpha = random_normal(shape, 2).sigmoid().to(torch.float64 if dtype == torch.float64 else torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "BLOCK_ELEMENTS", block_elements)
+        for name in ("BLOCK_ELEMENTS", "SUM_ELEMENTS"):
+            patch.setattr(reference, name, block_elements)
         check(op, first, second, alpha, num_frames, 1)
 
 
