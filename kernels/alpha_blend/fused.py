@@ -148,18 +148,7 @@ def alpha_gradient(
     return total.to(alpha.dtype)
 
 
-@torch.library.custom_op("temporal_layers::alpha_blend", mutates_args=())
-def alpha_blend(
-    first: Tensor,
-    second: Tensor,
-    alpha: Tensor,
-    num_frames: int,
-    image_only: Tensor | None,
-    residual: bool,
-    channels_last: bool,
-) -> Tensor:
-    """The forward pass as an operator; see :func:`forward`."""
-    return forward(first, second, alpha, num_frames, image_only, residual, channels_last)
+alpha_blend = torch.library.custom_op("temporal_layers::alpha_blend", forward, mutates_args=())
 
 
 @alpha_blend.register_fake
@@ -167,18 +156,9 @@ def _(first, second, alpha, num_frames, image_only, residual, channels_last):
     return empty_map(first, channels_last)
 
 
-@torch.library.custom_op("temporal_layers::alpha_blend_branch_gradients", mutates_args=())
-def alpha_blend_branch_gradients(
-    grad: Tensor,
-    alpha: Tensor,
-    num_frames: int,
-    image_only: Tensor | None,
-    needs_first: bool,
-    needs_second: bool,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the branches as an operator; see :func:`branch_gradients`."""
-    return branch_gradients(grad, alpha, num_frames, image_only, needs_first, needs_second, channels_last)
+alpha_blend_branch_gradients = torch.library.custom_op(
+    "temporal_layers::alpha_blend_branch_gradients", branch_gradients, mutates_args=()
+)
 
 
 @alpha_blend_branch_gradients.register_fake
@@ -188,18 +168,9 @@ def _(grad, alpha, num_frames, image_only, needs_first, needs_second, channels_l
     )
 
 
-@torch.library.custom_op("temporal_layers::alpha_blend_alpha_gradient", mutates_args=())
-def alpha_blend_alpha_gradient(
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    alpha: Tensor,
-    num_frames: int,
-    image_only: Tensor | None,
-    residual: bool,
-) -> Tensor:
-    """Gradient of alpha as an operator; see :func:`alpha_gradient`."""
-    return alpha_gradient(grad, first, second, alpha, num_frames, image_only, residual)
+alpha_blend_alpha_gradient = torch.library.custom_op(
+    "temporal_layers::alpha_blend_alpha_gradient", alpha_gradient, mutates_args=()
+)
 
 
 @alpha_blend_alpha_gradient.register_fake

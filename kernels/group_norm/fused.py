@@ -117,19 +117,7 @@ def backward(
     return to_x, to_weight.sum(0), to_bias.sum(0)
 
 
-@torch.library.custom_op("temporal_layers::group_norm", mutates_args=())
-def group_norm(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_frames: int,
-    eps: float,
-    silu: bool,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward pass as an operator; see :func:`forward`."""
-    return forward(x, num_groups, weight, bias, num_frames, eps, silu, channels_last)
+group_norm = torch.library.custom_op("temporal_layers::group_norm", forward, mutates_args=())
 
 
 @group_norm.register_fake
@@ -138,20 +126,7 @@ def _(x, num_groups, weight, bias, num_frames, eps, silu, channels_last):
     return walks.empty_map(x, channels_last), moments, torch.empty_like(moments)
 
 
-@torch.library.custom_op("temporal_layers::group_norm_backward", mutates_args=())
-def group_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_frames: int,
-    silu: bool,
-    needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass as an operator; see :func:`backward`."""
-    return backward(grad, x, mean, rstd, weight, bias, num_frames, silu, needs_x)
+group_norm_backward = torch.library.custom_op("temporal_layers::group_norm_backward", backward, mutates_args=())
 
 
 @group_norm_backward.register_fake
