@@ -25,6 +25,32 @@ def device():
     pytest.skip("fused kernels need a GPU, or TRITON_INTERPRET=1 in the environment")
 
 
+class AmongNan:
+    """Stands in for a launcher's ``empty_map``: the result is a window into a larger tensor, and all is NaN.
+
+    Attributes:
+        rooms: The larger tensors and their windows, in the order in which they were asked for.
+    """
+
+    def __init__(self):
+        self.rooms = []
+
+    def empty_map(self, x, channels_last):
+        """A window of the shape of ``x``."""
+        rows, channels, *size = x.shape
+        shape = (rows + 2, *size, channels + 5) if channels_last else (rows + 2, channels + 5, *size)
+        room = torch.full(shape, torch.nan, dtype=x.dtype, device=x.device)
+        window = (room.movedim(-1, 1) if channels_last else room)[1:-1, 2:-3]
+        self.rooms.append((room, window))
+        return window
+
+
+@pytest.fixture
+def among_nan():
+    """Shows what a kernel leaves unwritten, and what it writes beside its result."""
+    return AmongNan()
+
+
 def pytest_configure():
     if not (is_interpreted() and has_triton()):
         return

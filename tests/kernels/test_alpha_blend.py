@@ -311,26 +311,16 @@ def test_fused_is_the_image_model_bit_for_bit(op, dtype, device):
 
 @BOTH
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_fused_writes_the_whole_result_and_nothing_else(op, channels_last, device, monkeypatch):
+def test_fused_writes_the_whole_result_and_nothing_else(op, channels_last, device, among_nan, monkeypatch):
     from temporal_layers.kernels.alpha_blend import fused
-
-    rooms = []
-
-    def among_nan(x, channels_last):
-        rows, channels, *size = x.shape
-        shape = (rows + 2, *size, channels + 5) if channels_last else (rows + 2, channels + 5, *size)
-        room = torch.full(shape, torch.nan, dtype=x.dtype, device=x.device)
-        window = (room.movedim(-1, 1) if channels_last else room)[1:-1, 2:-3]
-        rooms.append((room, window))
-        return window
 
     first, second, alpha = fused_inputs(FP32, (3, 12), ("channels_last", "contiguous"), device)
     first, second = (x.flatten(2).unsqueeze(-1) for x in (first, second))
-    monkeypatch.setattr(fused, "empty_map", among_nan)
+    monkeypatch.setattr(fused, "empty_map", among_nan.empty_map)
     fused.forward(first, second, alpha, 3, None, op is alpha_residual, channels_last)
     fused.branch_gradients(first, alpha, 3, None, True, True, channels_last)
-    assert len(rooms) == 3
-    for room, window in rooms:
+    assert len(among_nan.rooms) == 3
+    for room, window in among_nan.rooms:
         assert room.isnan().sum() == room.numel() - window.numel() and window.isfinite().all()
 
 

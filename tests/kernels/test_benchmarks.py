@@ -1,13 +1,12 @@
 """The benchmarks: peers compute what diffusers does, what is wrong gets no time, rows are whole."""
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import TemporalResnetBlock
 from torch import nn
 
 from temporal_layers.kernels.benchmarks import __main__ as command_line
@@ -52,6 +51,7 @@ def test_peers_compute_the_formula(op, name):
 
 
 def test_formula_of_attention_is_diffusers():
+    Attention = pytest.importorskip("diffusers.models.attention_processor").Attention
     theirs = Attention(64, heads=2, dim_head=32, bias=False).double()
     for projection in (theirs.to_q, theirs.to_k, theirs.to_v, theirs.to_out[0]):
         nn.init.eye_(projection.weight)
@@ -63,6 +63,7 @@ def test_formula_of_attention_is_diffusers():
 
 
 def test_formula_of_the_block_is_diffusers():
+    TemporalResnetBlock = pytest.importorskip("diffusers.models.resnet").TemporalResnetBlock
     weights = layers.res_block_weights(64, 24, torch.float64, "cpu")
     weights["mix_factor"] = torch.tensor([-math.inf])  # alpha 0: the temporal branch alone
     theirs = TemporalResnetBlock(64, temb_channels=24, eps=1e-5).double()
@@ -189,11 +190,13 @@ def test_command_line_writes_what_it_measures(tmp_path, capsys):
     assert document.stem.endswith("-abc1234") and f"torch{torch.__version__.partition('+')[0]}" in document.stem
     found, ceilings, rows = report.load(document)
     assert found["threads"] == 1 and ceilings["copy"] > 0
-    assert {row["provider"] for row in rows} == {"reference", "eager", "diffusers"}
+    peers_here = {"diffusers"} if importlib.util.find_spec("diffusers") is not None else set()
+    assert {row["provider"] for row in rows} == {"reference", "eager", *peers_here}
     assert all(row["p20_us"] <= row["median_us"] <= row["p80_us"] for row in rows)
     text = document.with_suffix(".md").read_text()
     assert text == report.markdown(found, ceilings, rows) and capsys.readouterr().out == text + "\n"
-    assert document.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert document.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_wrong_results_of_this_library_fail_the_command(monkeypatch, capsys):

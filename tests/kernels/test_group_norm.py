@@ -211,27 +211,17 @@ def test_fused_survives_a_mean_far_from_zero(offset, device):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_fused_writes_the_whole_result_and_nothing_else(layout, channels_last, device, monkeypatch):
+def test_fused_writes_the_whole_result_and_nothing_else(layout, channels_last, device, among_nan, monkeypatch):
     from temporal_layers.kernels.group_norm import fused as launchers
-
-    rooms = []
-
-    def among_nan(x, channels_last):
-        rows, channels, *size = x.shape
-        shape = (rows + 2, *size, channels + 5) if channels_last else (rows + 2, channels + 5, *size)
-        room = torch.full(shape, torch.nan, dtype=x.dtype, device=x.device)
-        window = (room.movedim(-1, 1) if channels_last else room)[1:-1, 2:-3]
-        rooms.append((room, window))
-        return window
 
     x, grad = (random_map(4, 12, 5, 7, layout=layout, seed=seed, device=device) for seed in (0, 1))
     _, mean, rstd = plain = launchers.forward(x, 3, None, None, 2, 1e-5, True, channels_last)
     plain = plain[0], launchers.backward(grad, x, mean, rstd, None, None, 2, True, True)[0]
-    monkeypatch.setattr(launchers.walks, "empty_map", among_nan)
+    monkeypatch.setattr(launchers.walks, "empty_map", among_nan.empty_map)
     y, *_ = launchers.forward(x, 3, None, None, 2, 1e-5, True, channels_last)
     to_x, *_ = launchers.backward(grad, x, mean, rstd, None, None, 2, True, True)
     assert torch.equal(y, plain[0]) and torch.equal(to_x, plain[1])
-    for room, window in rooms:
+    for room, window in among_nan.rooms:
         assert room.isnan().sum() == room.numel() - window.numel()
 
 
