@@ -7,10 +7,13 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "demo": ("temporal_layers.recipes.demo", "train temporal layers on a small image model and look at the result"),
-    "inspect": ("temporal_layers.recipes.inspect_model", "show what would be injected where, without loading weights"),
-    "train image": ("temporal_layers.recipes.image", "train the image model: autoencoder, then UNet, on single frames"),
-    "train video": ("temporal_layers.recipes.video", "train temporal layers with the image model frozen"),
+    "demo": ("demo", "train temporal layers on a small image model and look at the result"),
+    "inspect": ("inspect_model", "show what would be injected where, without loading weights"),
+    "train image": (
+        "stages.image",
+        "train the image model on single frames: autoencoder, then UNet",
+    ),
+    "train video": ("stages.video", "train temporal layers with the image model frozen"),
 }
 
 
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count = len(name.split())
         if words[:count] == name.split():
             try:
-                job = importlib.import_module(module)
+                job = importlib.import_module(f"temporal_layers.recipes.{module}")
             except ModuleNotFoundError as error:
                 print(
                     f"temporal-layers {name}: expected the package {error.name!r}, got none; "

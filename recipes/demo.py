@@ -28,16 +28,16 @@ from torch import Tensor
 
 from temporal_layers.adapters import TemporalAdapter
 from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase, load_base
-from temporal_layers.recipes.clip_reader import ClipReader
+from temporal_layers.recipes.data.clip_reader import ClipReader
+from temporal_layers.recipes.data.video_io import list_videos, write_video
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
-from temporal_layers.recipes.engine import OptimConfig, RunFolder, versions
-from temporal_layers.recipes.image import HELD_OUT, finetune_frames
 from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.metrics import clip_frechet, frame_difference, motion_agreement
 from temporal_layers.recipes.report import write_report
 from temporal_layers.recipes.sampling import sample_clips
 from temporal_layers.recipes.sheets import contact_sheet, side_by_side
-from temporal_layers.recipes.video import (
+from temporal_layers.recipes.stages.image import HELD_OUT, finetune_frames
+from temporal_layers.recipes.stages.video import (
     DEFAULT_OPTIM,
     DRIVING_FPS,
     alphas,
@@ -45,7 +45,7 @@ from temporal_layers.recipes.video import (
     load_shipped_adapter,
     train_video,
 )
-from temporal_layers.recipes.video_io import list_videos, write_video
+from temporal_layers.recipes.training.engine import OptimConfig, RunFolder, versions
 
 CAPTION = "a video"
 """Text for clips that come without one."""

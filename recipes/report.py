@@ -18,7 +18,7 @@ from statistics import fmean
 from jaxtyping import Float
 from torch import Tensor
 
-from temporal_layers.recipes.video_io import write_video
+from temporal_layers.recipes.data.video_io import write_video
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbfa; --card: #ffffff; --ink: #1f2328; --faint: #656d76;
@@ -245,7 +245,7 @@ def write_report(
 
     Raises:
         ValueError: rows with different columns, an alpha outside [0, 1], a missing sheet, or clips that
-            `temporal_layers.recipes.video_io.write_video` refuses.
+            `temporal_layers.recipes.data.video_io.write_video` refuses.
     """
     charts = "".join([_losses_svg(losses) if len(losses) else "", _alphas_svg(alphas) if alphas else ""])
     note = f'<p class="note">{escape(table_note)}</p>' if table_note else ""

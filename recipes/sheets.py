@@ -13,7 +13,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from temporal_layers.recipes.video_io import check_clip
+from temporal_layers.recipes.data.video_io import check_clip
 
 _PAPER = (22, 24, 29)
 _INK = (229, 231, 235)

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from temporal_layers.adapters import TemporalAdapter, inject
 from temporal_layers.recipes import cli, demo
+from temporal_layers.recipes.data.video_io import bunny_path, read_video
 from temporal_layers.recipes.demo import DemoConfig, compare, run_demo
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
-from temporal_layers.recipes.engine import OptimConfig
-from temporal_layers.recipes.image import HELD_OUT
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
-from temporal_layers.recipes.video import driving_clips
-from temporal_layers.recipes.video_io import bunny_path, read_video
+from temporal_layers.recipes.stages.image import HELD_OUT
+from temporal_layers.recipes.stages.video import driving_clips
+from temporal_layers.recipes.training.engine import OptimConfig
 
 FILES = ("before.mp4", "after.mp4", "contact_sheet.png", "report.html")
 FILES += tuple(f"before-after.{suffix}" for suffix in ("mp4", "gif", "webp"))

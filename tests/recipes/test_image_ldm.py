@@ -7,7 +7,6 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
 from temporal_layers.recipes.driving import LABELS, DrivingCorpus
-from temporal_layers.recipes.image import HELD_OUT, psnr
 from temporal_layers.recipes.image_ldm import (
     SHIPPED_WEIGHTS,
     ImageLDM,
@@ -18,7 +17,8 @@ from temporal_layers.recipes.image_ldm import (
     make_scheduler,
     sample_images,
 )
-from temporal_layers.recipes.image_objectives import DenoisingObjective
+from temporal_layers.recipes.stages.image import HELD_OUT, psnr
+from temporal_layers.recipes.stages.image_objectives import DenoisingObjective
 
 TINY = ImageLDMConfig(
     height=16, width=24, vae_channels=(8, 8), unet_channels=(16, 32), num_heads=2, context_dim=8, num_tokens=2

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from temporal_layers.recipes.data.video_io import bunny_path, read_video
 from temporal_layers.recipes.driving import DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.metrics import (
     NUM_FEATURES,
@@ -18,7 +19,6 @@ from temporal_layers.recipes.metrics import (
     frechet_distance,
     motion_agreement,
 )
-from temporal_layers.recipes.video_io import bunny_path, read_video
 
 
 def texture(x, y):

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from temporal_layers.recipes.data.video_io import bunny_path, read_video
 from temporal_layers.recipes.report import write_report
 from temporal_layers.recipes.sheets import contact_sheet
-from temporal_layers.recipes.video_io import bunny_path, read_video
 
 VOID = {"meta", "img", "link", "br"}
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from temporal_layers.recipes.engine import Batch, OptimConfig
 from temporal_layers.recipes.image_ldm import ImageLDM
+from temporal_layers.recipes.training.engine import Batch, OptimConfig
 
 
 class AutoencoderObjective(nn.Module):

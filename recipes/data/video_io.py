@@ -44,7 +44,7 @@ class VideoClip:
 
 def bunny_path() -> Path:
     """Path of the packaged footage: Big Buck Bunny (CC-BY), 66 frames of 96 x 54 at 12.5 frames per second."""
-    return Path(__file__).parent / "fixtures" / "bigbuckbunny_96x54.mp4"
+    return Path(__file__).parents[1] / "fixtures" / "bigbuckbunny_96x54.mp4"
 
 
 def list_videos(folder: str | Path) -> list[Path]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from temporal_layers.recipes.video_io import VideoClip, iterate_clips
+from temporal_layers.recipes.data.video_io import VideoClip, iterate_clips
 
 
 @dataclass(frozen=True)

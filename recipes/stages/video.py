@@ -3,7 +3,7 @@
 Each clip gets one noise level and independent noise per frame; the loss is the image model's own, so its noise
 schedule and its kind of prediction stay as they are. Latents are computed once.
 
-    python -m temporal_layers.recipes.video --out runs/video
+    python -m temporal_layers.recipes.stages.video --out runs/video
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig, inject
 from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase
 from temporal_layers.recipes.driving import DrivingClip, DrivingConfig, DrivingCorpus
-from temporal_layers.recipes.engine import Batch, OptimConfig, RunFolder, fit
 from temporal_layers.recipes.image_ldm import load_shipped
+from temporal_layers.recipes.training.engine import Batch, OptimConfig, RunFolder, fit
 
 DRIVING_FPS = 10.0
 """Rate of the driving clips in the video stages: a whole number of hundredths of a second a frame, as GIF needs."""
 
-SHIPPED_ADAPTER = Path(__file__).parent / "weights" / "driving_video"
+SHIPPED_ADAPTER = Path(__file__).parents[1] / "weights" / "driving_video"
 
 DEFAULT_OPTIM = OptimConfig(steps=400, batch_size=2, lr=3e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
 

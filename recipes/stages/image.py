@@ -3,7 +3,7 @@
 The video stage starts from what this one leaves behind and keeps it frozen.  Nothing here sees two frames of a clip
 together: each frame is drawn from a clip of its own.
 
-    python -m temporal_layers.recipes.image --out runs/image
+    python -m temporal_layers.recipes.stages.image --out runs/image
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from PIL import Image
 from torch import Tensor
 
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
-from temporal_layers.recipes.engine import OptimConfig, RunFolder, fit
 from temporal_layers.recipes.image_ldm import ImageLDM, ImageLDMConfig, build_image_ldm, sample_images
-from temporal_layers.recipes.image_objectives import (
+from temporal_layers.recipes.stages.image_objectives import (
     AutoencoderObjective,
     DenoisingObjective,
     as_float,
     autoencoder_batches,
     denoising_batches,
 )
+from temporal_layers.recipes.training.engine import OptimConfig, RunFolder, fit
 
 HELD_OUT = 1 << 20
 """Clips from this index on are never trained on by the recipes of this repository."""

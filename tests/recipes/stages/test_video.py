@@ -7,11 +7,10 @@ from diffusers import DDIMScheduler
 from temporal_layers import fold_frames
 from temporal_layers.adapters import TemporalAdapter, adapter_of
 from temporal_layers.recipes.bases import LabelBase
-from temporal_layers.recipes.engine import OptimConfig
-from temporal_layers.recipes.image import HELD_OUT
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.sampling import sample_clips
-from temporal_layers.recipes.video import (
+from temporal_layers.recipes.stages.image import HELD_OUT
+from temporal_layers.recipes.stages.video import (
     VideoObjective,
     alphas,
     clip_noise,
@@ -22,6 +21,7 @@ from temporal_layers.recipes.video import (
     train_video,
     video_batches,
 )
+from temporal_layers.recipes.training.engine import OptimConfig
 
 TINY = ImageLDMConfig(
     height=16, width=24, vae_channels=(8, 8), unet_channels=(16, 32), num_heads=2, context_dim=8, num_tokens=2

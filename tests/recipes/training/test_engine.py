@@ -11,7 +11,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from temporal_layers.recipes.engine import AveragedWeights, OptimConfig, RunFolder, fit, learning_rate
+from temporal_layers.recipes.training.engine import AveragedWeights, OptimConfig, RunFolder, fit, learning_rate
 
 
 class Quadratic(nn.Module):

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from temporal_layers.recipes import image as stage
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
-from temporal_layers.recipes.engine import OptimConfig
-from temporal_layers.recipes.image import (
+from temporal_layers.recipes.image_ldm import ImageLDM, ImageLDMConfig, build_image_ldm
+from temporal_layers.recipes.stages import image as stage
+from temporal_layers.recipes.stages.image import (
     ImageConfig,
     encode_stills,
     finetune_frames,
@@ -23,8 +23,7 @@ from temporal_layers.recipes.image import (
     train_autoencoder,
     train_image_unet,
 )
-from temporal_layers.recipes.image_ldm import ImageLDM, ImageLDMConfig, build_image_ldm
-from temporal_layers.recipes.image_objectives import (
+from temporal_layers.recipes.stages.image_objectives import (
     AutoencoderObjective,
     DenoisingObjective,
     as_float,
@@ -32,6 +31,7 @@ from temporal_layers.recipes.image_objectives import (
     denoising_batches,
     detail_loss,
 )
+from temporal_layers.recipes.training.engine import OptimConfig
 
 TINY = ImageLDMConfig(
     height=16, width=24, vae_channels=(8, 8), unet_channels=(16, 16), num_heads=2, context_dim=8, num_tokens=2

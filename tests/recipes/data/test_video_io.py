@@ -11,8 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from temporal_layers.recipes.clip_reader import ClipReader
-from temporal_layers.recipes.video_io import bunny_path, check_clip, iterate_clips, list_videos, read_video, write_video
+from temporal_layers.recipes.data.clip_reader import ClipReader
+from temporal_layers.recipes.data.video_io import (
+    bunny_path,
+    check_clip,
+    iterate_clips,
+    list_videos,
+    read_video,
+    write_video,
+)
 
 
 def psnr(actual, expected):

@@ -1,0 +1,1 @@
+"""Videos to training samples: files, shards and tables of captions, decoded in worker processes; writing clips."""
