@@ -51,8 +51,17 @@ class VideoBase(Protocol):
     def no_conditioning(self, count: int) -> Conditioning:
         """Conditioning that says nothing, for guidance and dropping."""
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """What the UNet says of noisy clips ``(b, c, f, h, w)`` or images ``(b, c, h, w)``; same shape."""
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | None
+    ) -> Tensor:
+        """What the UNet says of noisy clips ``(b, c, f, h, w)`` or images ``(b, c, h, w)``; same shape.
+
+        Args:
+            noisy: Noisy latents.
+            timesteps: ``()``, ``(b,)`` or ``(b, f)``.
+            conditioning: One row a clip.
+            **temporal: What the temporal layers of the UNet get by name, such as ``image_only``.
+        """
 
 
 class LabelBase:
@@ -85,10 +94,12 @@ class LabelBase:
         """The null label."""
         return {"labels": torch.full((count,), self.ldm.conditioner.null_label)}
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | None
+    ) -> Tensor:
         """Velocity; the label enters through cross-attention."""
         context = self.ldm.conditioner(conditioning["labels"])
-        return self.unet(noisy, timesteps, encoder_hidden_states=context).sample
+        return self.unet(noisy, timesteps, encoder_hidden_states=context, **temporal).sample
 
 
 class PipelineBase:
@@ -175,11 +186,13 @@ class PipelineBase:
         """The empty text."""
         return self.conditioning([0] * count, [""] * count)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """What the UNet predicts: noise, velocity or sample, as the scheduler's configuration says."""
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | None
+    ) -> Tensor:
+        """What the UNet predicts: noise, velocity, sample or flow, as the scheduler's configuration says."""
         if isinstance(self.unet, UNet2DModel):
-            return self.unet(noisy, timesteps).sample
-        extra: dict[str, Any] = {}
+            return self.unet(noisy, timesteps, **temporal).sample
+        extra: dict[str, Any] = dict(temporal)
         if "text_embeds" in conditioning:
             extra["added_cond_kwargs"] = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
         return self.unet(noisy, timesteps, encoder_hidden_states=conditioning["encoder_hidden_states"], **extra).sample
