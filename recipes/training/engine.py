@@ -1,7 +1,7 @@
 """The training engine shared by all stages: optimiser, schedule, averaged weights, progress and run folder.
 
 A stage brings two things: an *objective*, a module whose ``forward(*batch)`` returns a dictionary of scalar losses
-with the key ``"loss"`` (so that distributed wrappers see one forward pass), and an iterator of batches, which owns
+with the key ``"loss"`` (so that distributed wrappers see one forward pass), and a stream of batches, which owns
 all randomness (so that an objective is a function of its batch).  Hugging Face ``accelerate`` supplies devices,
 mixed precision and data parallelism: start a stage with ``accelerate launch`` to use several GPUs.
 """
@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-Batch = tuple[Tensor, ...]
+from temporal_layers.recipes.training.streams import Batch, Stream  # noqa: F401
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +165,11 @@ def versions() -> dict[str, str]:
 
 def fit(
     objective: nn.Module,
-    batches: Iterator[Batch],
+    stream: Stream,
     config: OptimConfig,
     *,
     name: str,
+    seed: int = 0,
     groups: list[dict[str, Any]] | None = None,
     accelerator: Accelerator | None = None,
     run: RunFolder | None = None,
@@ -179,9 +180,10 @@ def fit(
 
     Args:
         objective: Module whose ``forward(*batch)`` returns losses by name, ``"loss"`` being the one to minimise.
-        batches: Endless iterator of tuples of tensors.
+        stream: Batches, drawn by their number; tensors are moved to the device, other values pass as they are.
         config: Steps, learning rate and so on.
         name: What to call this stage in the progress bar and in the log.
+        seed: Seed of what the objective draws itself, such as dropout.
         groups: Parameter groups for the optimiser, each with its peak ``lr`` and its ``weight_decay``, for instance
             of ``TemporalAdapter.parameter_groups``; one group of everything trainable if None.
         accelerator: Device and precision; a default one if None.
@@ -210,13 +212,17 @@ def fit(
     # Made only now, so that the averages lie on the device that the parameters were moved to.
     average = AveragedWeights(objective, decay=config.ema_decay) if config.ema_decay else None
     history: list[float] = []
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    batches = stream.batches(0, batch_size=config.batch_size, rank=rank, world_size=world_size)
     started = time.perf_counter()
     with _progress_bar(name, config.steps, shown=progress and accelerator.is_local_main_process) as report:
         for step in range(config.steps):
             rate = learning_rate(config, step)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = rate * peak / config.lr
-            losses = model(*(tensor.to(accelerator.device) for tensor in next(batches)))
+            torch.manual_seed(seed * 1_000_003 + step * world_size + rank)
+            batch = next(batches)
+            losses = model(*(v.to(accelerator.device) if isinstance(v, Tensor) else v for v in batch))
             accelerator.backward(losses["loss"])
             accelerator.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()

@@ -27,9 +27,15 @@ class Quadratic(nn.Module):
         return {"loss": distance, "size": self.w.abs().mean()}
 
 
-def constant_batches(value):
-    while True:
-        yield (torch.full((3,), float(value)),)
+class Constant:
+    """A stream of one value."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def batches(self, first, *, batch_size, rank=0, world_size=1):
+        while True:
+            yield (torch.full((3,), float(self.value)),)
 
 
 def options(**changes):
@@ -114,7 +120,7 @@ def test_averages_return_even_when_the_block_raises():
 
 def test_fit_reaches_the_minimum_and_leaves_frozen_parameters_alone():
     objective = Quadratic()
-    history = fit(objective, constant_batches(2), options(steps=150), name="quadratic", progress=False)
+    history = fit(objective, Constant(2), options(steps=150), name="quadratic", progress=False)
     assert len(history) == 150
     assert history[0] == pytest.approx(4.0)
     torch.testing.assert_close(objective.w.detach(), torch.full((3,), 2.0), atol=0.02, rtol=0)
@@ -127,7 +133,7 @@ def test_fit_gives_each_group_its_share_of_the_schedule():
     objective.forward = lambda target: {"loss": first(target)["loss"] + second(target)["loss"]}
     groups = [{"params": [first.w], "lr": 0.1}, {"params": [second.w], "lr": 0.01, "weight_decay": 0.0}]
     config = options(steps=1, schedule="constant", warmup=0.0)
-    fit(objective, constant_batches(5), config, name="two", groups=groups, progress=False)
+    fit(objective, Constant(5), config, name="two", groups=groups, progress=False)
     # The first step of Adam is the learning rate itself.
     torch.testing.assert_close(first.w.detach(), torch.full((3,), 0.1))
     torch.testing.assert_close(second.w.detach(), torch.full((3,), 0.01))
@@ -146,7 +152,7 @@ def test_fit_clips_the_gradient():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
-        fit(objective, constant_batches(100), options(steps=1, grad_clip=0.5), name="clipped", progress=False)
+        fit(objective, Constant(100), options(steps=1, grad_clip=0.5), name="clipped", progress=False)
     assert seen == [pytest.approx(-200)]
     assert optimizer_steps == [pytest.approx(-0.5, rel=1e-4)]
 
@@ -157,14 +163,14 @@ def test_fit_shows_averaged_weights_at_checkpoints_and_leaves_them_in_the_end():
     seen = []
     fit(
         objective,
-        constant_batches(10),
+        Constant(10),
         config,
         name="averaged",
         progress=False,
         on_checkpoint=lambda step: seen.append((step, objective.w[0].item())),
     )
     raw = Quadratic()
-    fit(raw, constant_batches(10), options(steps=20, schedule="constant", warmup=0.0), name="raw", progress=False)
+    fit(raw, Constant(10), options(steps=20, schedule="constant", warmup=0.0), name="raw", progress=False)
     assert [step for step, _ in seen] == [10, 20]
     assert seen[1][1] == pytest.approx(objective.w[0].item())
     assert seen[0][1] < objective.w[0].item() < raw.w[0].item()
@@ -178,7 +184,7 @@ class Settings:
 
 def test_a_run_folder_holds_what_is_needed_to_repeat_a_run(tmp_path):
     run = RunFolder(tmp_path / "a" / "b", Settings())
-    fit(Quadratic(), constant_batches(1), options(steps=3), name="logged", run=run, progress=False)
+    fit(Quadratic(), Constant(1), options(steps=3), name="logged", run=run, progress=False)
     assert json.loads((run.path / "config.json").read_text()) == {"lr": 0.5, "out": "somewhere"}
     assert json.loads((run.path / "versions.json").read_text())["torch"] == torch.__version__
     records = [json.loads(line) for line in (run.path / "losses.jsonl").read_text().splitlines()]
@@ -188,18 +194,18 @@ def test_a_run_folder_holds_what_is_needed_to_repeat_a_run(tmp_path):
 
 
 def test_the_progress_bar_names_the_stage(capsys):
-    fit(Quadratic(), constant_batches(1), options(steps=2), name="stage of the test", progress=True)
+    fit(Quadratic(), Constant(1), options(steps=2), name="stage of the test", progress=True)
     output = capsys.readouterr().out
     assert "stage of the test" in output and "2/2" in output
-    fit(Quadratic(), constant_batches(1), options(steps=2), name="silent", progress=False)
+    fit(Quadratic(), Constant(1), options(steps=2), name="silent", progress=False)
     assert capsys.readouterr().out == ""
 
 
 def test_fit_refuses_frozen_objectives_and_infinite_losses():
     with pytest.raises(ValueError, match="expected a trainable parameter in the objective of 'cold', got none"):
-        fit(Quadratic().requires_grad_(False), constant_batches(1), options(), name="cold", progress=False)
+        fit(Quadratic().requires_grad_(False), Constant(1), options(), name="cold", progress=False)
     with pytest.raises(RuntimeError, match=r"fit: the loss of 'wild' is inf at step 0; lower lr=0\.1"):
-        fit(Quadratic(), constant_batches(1e30), options(), name="wild", progress=False)
+        fit(Quadratic(), Constant(1e30), options(), name="wild", progress=False)
 
 
 @pytest.mark.parametrize(
