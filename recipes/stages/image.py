@@ -27,12 +27,13 @@ from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.image_ldm import ImageLDM, ImageLDMConfig, build_image_ldm, sample_images
 from temporal_layers.recipes.stages.image_objectives import (
     AutoencoderObjective,
+    AutoencoderSamples,
     DenoisingObjective,
+    DenoisingSamples,
     as_float,
-    autoencoder_batches,
-    denoising_batches,
 )
 from temporal_layers.recipes.training.engine import OptimConfig, RunFolder, fit
+from temporal_layers.recipes.training.streams import SampleStream
 
 HELD_OUT = 1 << 20
 """Clips from this index on are never trained on by the recipes of this repository."""
@@ -165,9 +166,10 @@ def train_autoencoder(
         ldm.vae.quant_conv.requires_grad_(False)
     history = fit(
         AutoencoderObjective(ldm.vae, kl_weight=kl_weight, detail_weight=detail_weight),
-        autoencoder_batches(frames, config, latent_shape=latent_shape, seed=seed),
+        SampleStream(AutoencoderSamples(frames, latent_shape=latent_shape, seed=seed)),
         config,
         name="autoencoder",
+        seed=seed,
         accelerator=accelerator,
         run=run,
         progress=progress,
@@ -228,10 +230,9 @@ def train_image_unet(
 
     ldm.unet.requires_grad_(True)
     ldm.conditioner.requires_grad_(True)
-    batches = denoising_batches(
+    samples = DenoisingSamples(
         latents,
         labels,
-        config,
         null_label=ldm.conditioner.null_label,
         label_drop=label_drop,
         num_timesteps=ldm.scheduler.config.num_train_timesteps,
@@ -239,9 +240,10 @@ def train_image_unet(
     )
     history = fit(
         DenoisingObjective(ldm),
-        batches,
+        SampleStream(samples),
         config,
         name="unet",
+        seed=seed,
         accelerator=accelerator,
         run=run,
         progress=progress,
@@ -327,10 +329,8 @@ def run_image_stage(config: ImageConfig) -> ImageLDM:
         seconds[part] = round(time.perf_counter() - clock - sum(seconds.values()), 1)
 
     corpus = DrivingCorpus(DrivingConfig(height=config.model.height, width=config.model.width), seed=config.seed)
-    # Every process renders its own share of the frames and draws its own batches from it.
-    rank, share = accelerator.process_index, config.num_stills // accelerator.num_processes
     accelerator.print(f"rendering {config.num_stills} frames")
-    frames, labels = render_stills(corpus, share, first=rank * share)
+    frames, labels = render_stills(corpus, config.num_stills)
     held_out = as_float(render_stills(corpus, 64, first=HELD_OUT)[0])
     lap("render")
     if config.start_from is None:
@@ -338,16 +338,13 @@ def run_image_stage(config: ImageConfig) -> ImageLDM:
     else:
         ldm = ImageLDM.from_pretrained(config.start_from)
     ldm.to(accelerator.device)
-    engine = {"seed": config.seed + 7919 * rank, "accelerator": accelerator, "run": run}
+    engine = {"seed": config.seed, "accelerator": accelerator, "run": run}
     if config.train != "unet":
         weights = {"kl_weight": config.kl_weight, "detail_weight": config.detail_weight}
         whole = config.train != "decoder"
         train_autoencoder(
             ldm, frames, config.autoencoder, measure_scale=whole, train_encoder=whole, **weights, **engine
         )
-        # The processes measured it on different frames.
-        factor = torch.tensor(ldm.vae.config.scaling_factor, device=accelerator.device)
-        ldm.vae.register_to_config(scaling_factor=accelerator.reduce(factor, reduction="mean").item())
     quality = psnr(ldm.decode(ldm.encode(held_out.to(ldm.device))).cpu(), held_out)
     accelerator.print(f"held-out reconstruction {quality:.2f} dB")
     lap("autoencoder")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from temporal_layers.recipes.image_ldm import ImageLDM
-from temporal_layers.recipes.training.engine import Batch, OptimConfig
+from temporal_layers.recipes.training.streams import Shuffled, generator_at
 
 
 class AutoencoderObjective(nn.Module):
@@ -81,46 +79,54 @@ class DenoisingObjective(nn.Module):
         return {"loss": F.mse_loss(output, velocity)}
 
 
-def autoencoder_batches(
-    frames: Tensor, config: OptimConfig, *, latent_shape: tuple[int, int, int], seed: int
-) -> Iterator[Batch]:
-    """Endless batches (frames in [0, 1], posterior noise) from stored uint8 or float frames."""
-    generator = torch.Generator().manual_seed(seed)
-    for rows in _row_batches(len(frames), config.batch_size, generator):
-        batch = as_float(frames[rows])
-        yield batch, torch.randn(len(batch), *latent_shape, generator=generator)
+class AutoencoderSamples:
+    """Draws (frame in [0, 1], posterior noise) from stored frames.
+
+    Args:
+        frames: (count, 3, height, width), uint8 or float in [0, 1].
+        latent_shape: Of the latent of one frame.
+        seed: Of the order and the noise.
+    """
+
+    def __init__(self, frames: Tensor, *, latent_shape: tuple[int, int, int], seed: int) -> None:
+        self.frames, self.latent_shape, self.seed = frames, latent_shape, seed
+        self.order = Shuffled(len(frames), seed)
+
+    def __call__(self, position: int) -> tuple[Tensor, ...]:
+        """The sample at a position of the run."""
+        noise = torch.randn(*self.latent_shape, generator=generator_at(self.seed, position))
+        return as_float(self.frames[self.order[position]]), noise
 
 
-def denoising_batches(
-    latents: Tensor,
-    labels: Tensor,
-    config: OptimConfig,
-    *,
-    null_label: int,
-    label_drop: float,
-    num_timesteps: int,
-    seed: int,
-) -> Iterator[Batch]:
-    """Endless batches (latents, labels, noise, timesteps); labels are dropped at random."""
-    generator = torch.Generator().manual_seed(seed)
-    for rows in _row_batches(len(latents), config.batch_size, generator):
-        dropped = torch.rand(len(rows), generator=generator) < label_drop
-        yield (
-            latents[rows],
-            labels[rows].masked_fill(dropped, null_label),
-            torch.randn(len(rows), *latents.shape[1:], generator=generator),
-            torch.randint(num_timesteps, (len(rows),), generator=generator),
+class DenoisingSamples:
+    """Draws (latent, label, noise, timestep) from latents; labels are dropped at random.
+
+    Args:
+        latents: (count, channels, h, w).
+        labels: (count,), int64.
+        null_label: What a dropped label becomes.
+        label_drop: Share of dropped labels.
+        num_timesteps: Timesteps of the noise schedule, drawn uniformly.
+        seed: Of the order and of everything drawn.
+    """
+
+    def __init__(
+        self, latents: Tensor, labels: Tensor, *, null_label: int, label_drop: float, num_timesteps: int, seed: int
+    ) -> None:
+        self.latents, self.labels, self.null_label = latents, labels, null_label
+        self.label_drop, self.num_timesteps, self.seed = label_drop, num_timesteps, seed
+        self.order = Shuffled(len(latents), seed)
+
+    def __call__(self, position: int) -> tuple[Tensor, ...]:
+        """The sample at a position of the run."""
+        row, generator = self.order[position], generator_at(self.seed, position)
+        dropped = bool(torch.rand((), generator=generator) < self.label_drop)
+        return (
+            self.latents[row],
+            torch.tensor(self.null_label) if dropped else self.labels[row],
+            torch.randn(self.latents.shape[1:], generator=generator),
+            torch.randint(self.num_timesteps, (), generator=generator),
         )
-
-
-def _row_batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Every row once per epoch, in random order, never a short batch; small sets are repeated."""
-    queue = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(queue) < batch_size:
-            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
-        yield queue[:batch_size]
-        queue = queue[batch_size:]
 
 
 def as_float(frames: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +24,20 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from temporal_layers.adapters import TemporalAdapter, TemporalConfig, inject
+from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of, inject
 from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase
 from temporal_layers.recipes.driving import DrivingClip, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.image_ldm import load_shipped
-from temporal_layers.recipes.training.engine import Batch, OptimConfig, RunFolder, fit
+from temporal_layers.recipes.stages.denoising import ClipSamples, noised
+from temporal_layers.recipes.training.engine import OptimConfig, RunFolder, fit
+from temporal_layers.recipes.training.streams import SampleStream
 
 DRIVING_FPS = 10.0
 """Rate of the driving clips in the video stages: a whole number of hundredths of a second a frame, as GIF needs."""
 
 SHIPPED_ADAPTER = Path(__file__).parents[1] / "weights" / "driving_video"
+
+Trained = Literal["temporal", "all"]
 
 DEFAULT_OPTIM = OptimConfig(steps=400, batch_size=2, lr=3e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
 
@@ -68,105 +73,29 @@ class VideoObjective(nn.Module):
     Args:
         base: The image model, temporal layers injected.
         names: Names of the conditioning tensors, in the order in which ``forward`` gets them.
+        marks_images: Whether ``image_only`` comes in front of them.
     """
 
-    def __init__(self, base: VideoBase, names: Sequence[str]) -> None:
+    def __init__(self, base: VideoBase, names: Sequence[str], *, marks_images: bool = False) -> None:
         super().__init__()
         self.unet = base.unet  # registered, so that its trainable parameters are found
         self.base = [base]  # not registered
-        self.names = tuple(names)
+        self.names, self.marks_images = tuple(names), marks_images
 
     def forward(
         self,
         latents: Float[Tensor, "batch channels frames height width"],
         noise: Float[Tensor, "batch channels frames height width"],
         timesteps: Tensor,
-        *conditioning: Tensor,
+        *rest: Tensor,
     ) -> dict[str, Tensor]:
         """Squared error of the prediction, averaged over everything."""
         base = self.base[0]
-        noisy = base.scheduler.add_noise(latents, noise, timesteps)
-        output = base.predict(noisy, timesteps, dict(zip(self.names, conditioning, strict=True)))
-        return {"loss": F.mse_loss(output.float(), denoising_target(base.scheduler, latents, noise, timesteps).float())}
-
-
-def denoising_target(scheduler: object, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet is asked for: noise, velocity or the clean latents, as the scheduler's configuration says.
-
-    Raises:
-        ValueError: If the kind of prediction is unknown.
-    """
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
-    if kind == "sample":
-        return latents
-    raise ValueError(f"denoising_target: expected prediction_type epsilon, v_prediction or sample, got {kind!r}")
-
-
-def clip_noise(
-    shape: Sequence[int], *, correlation: float = 0.0, generator: torch.Generator | None = None
-) -> Float[Tensor, "batch channels frames height width"]:
-    """Standard normal noise whose frames share a part: "mixed" noise (PYoCo, Ge et al. 2023, section 4).
-
-    Args:
-        shape: ``(batch, channels, frames, height, width)``.
-        correlation: Correlation between the frames of a clip, from 0 (independent, as in the Video LDM) to 1 (equal).
-        generator: Source of the noise.
-
-    Raises:
-        ValueError: If the correlation is out of range.
-    """
-    if not 0 <= correlation <= 1:
-        raise ValueError(f"clip_noise: correlation: expected a value from 0 to 1, got {correlation}")
-    own = torch.randn(*shape, generator=generator)
-    if correlation == 0:
-        return own
-    shared = torch.randn(*shape[:2], 1, *shape[3:], generator=generator)
-    return correlation**0.5 * shared + (1 - correlation) ** 0.5 * own
-
-
-def video_batches(
-    latents: Float[Tensor, "clips channels frames height width"],
-    conditioning: Conditioning,
-    dropped: Conditioning,
-    config: OptimConfig,
-    *,
-    num_frames: int,
-    label_drop: float,
-    num_timesteps: int,
-    noise_correlation: float = 0.0,
-    seed: int,
-) -> Iterator[Batch]:
-    """Endless batches: a window of each drawn clip, noise, one timestep a clip, conditioning or, at times, none.
-
-    Args:
-        latents: Clips of at least ``num_frames`` frames.
-        conditioning: One row a clip.
-        dropped: One row that says nothing.
-        config: Batch size.
-        num_frames: Frames of a window.
-        label_drop: Share of clips whose conditioning is dropped.
-        num_timesteps: Timesteps of the noise schedule.
-        noise_correlation: Correlation between the noise of a clip's frames; see ``clip_noise``.
-        seed: Seed of everything drawn.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size, spare = config.batch_size, latents.shape[2] - num_frames
-    while True:
-        rows = torch.randint(len(latents), (size,), generator=generator)
-        starts = torch.randint(spare + 1, (size,), generator=generator).tolist()
-        windows = [slice(start, start + num_frames) for start in starts]
-        clips = torch.stack([latents[row, :, window] for row, window in zip(rows, windows, strict=True)])
-        noise = clip_noise(clips.shape, correlation=noise_correlation, generator=generator)
-        timesteps = torch.randint(num_timesteps, (size,), generator=generator)
-        drop = torch.rand(size, generator=generator) < label_drop
-        kept = [value[rows] for value in conditioning.values()]
-        for name, value in zip(conditioning, kept, strict=True):
-            value[drop.to(value.device)] = dropped[name][0]
-        yield (clips, noise, timesteps, *kept)
+        image_only, conditioning = (rest[0], rest[1:]) if self.marks_images else (None, rest)
+        noisy, told, target = noised(base.scheduler, latents, noise, timesteps)
+        marks = {} if image_only is None else {"image_only": image_only}
+        output = base.predict(noisy, told, dict(zip(self.names, conditioning, strict=True)), **marks)
+        return {"loss": F.mse_loss(output.float(), target.float())}
 
 
 def train_video(
@@ -177,15 +106,15 @@ def train_video(
     *,
     num_frames: int,
     temporal: TemporalConfig | None = None,
+    train: Trained = "temporal",
     label_drop: float = 0.1,
     noise_correlation: float = 0.0,
+    image_share: float = 0.0,
     seed: int = 0,
-    accelerator: Accelerator | None = None,
-    run: RunFolder | None = None,
-    progress: bool = True,
     on_checkpoint: Callable[[TemporalAdapter, int], None] | None = None,
+    **engine: Any,
 ) -> tuple[TemporalAdapter, list[float]]:
-    """Inject temporal layers into ``base.unet`` and train them with the image model frozen.
+    """Train temporal layers in ``base.unet``, which are injected unless they are there, with the image model frozen.
 
     Args:
         base: The image model.
@@ -194,54 +123,91 @@ def train_video(
         config: Steps, learning rate and so on.
         num_frames: Frames of a training window.
         temporal: What to inject; the paper's layout if None.
+        train: ``temporal`` layers alone, as the paper does, or ``all`` parameters of the UNet.
         label_drop: Share of clips trained without conditioning.
         noise_correlation: Correlation between the noise of a clip's frames; sample with the same.
+        image_share: Share of samples that are single images to the UNet, to keep its image quality with
+            ``train="all"``; see `ClipSamples`.
         seed: Seed of the initial weights and the batches.
-        accelerator: Device and precision; a default one if None.
-        run: Folder that gets the losses.
-        progress: Whether to show a progress bar.
         on_checkpoint: Called every ``config.checkpoint_every`` steps with the adapter, averaged weights in place, and
             the number of finished steps.
+        **engine: Further arguments of `fit`: accelerator, run, engine, progress, validate.
 
     Returns:
-        The adapter, frozen image model included, and the loss of each step.
+        The adapter, image model included, and the loss of each step.
 
     Raises:
-        ValueError: If there are no clips, or they are shorter than ``num_frames``.
+        ValueError: If there are no clips, they are shorter than ``num_frames``, ``temporal`` is given for a UNet that
+            has temporal layers, or images are to be trained on with the image model frozen.
     """
     if latents.ndim != 5 or len(latents) == 0 or latents.shape[2] < num_frames:
         raise ValueError(
             f"train_video: latents: expected (clips, channels, frames, height, width) with at least one clip of at "
             f"least num_frames={num_frames} frames, got {tuple(latents.shape)}"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapter = inject(base.unet, temporal).freeze()
-    base.unet.train()
-    batches = video_batches(
+    if image_share and train == "temporal":
+        raise ValueError(
+            f"train_video: image_share: expected 0 with train='temporal', got {image_share}; images bypass the "
+            "temporal layers and train nothing there: set train='all'"
+        )
+    adapter = trainable_adapter(base.unet, temporal, train, seed=seed)
+    samples = ClipSamples(
         latents,
         conditioning,
         base.no_conditioning(1),
-        config,
         num_frames=num_frames,
-        label_drop=label_drop,
         num_timesteps=base.scheduler.config.num_train_timesteps,
-        noise_correlation=noise_correlation,
+        drop=label_drop,
+        correlation=noise_correlation,
+        image_share=image_share,
         seed=seed,
     )
     history = fit(
-        VideoObjective(base, list(conditioning)),
-        batches,
+        VideoObjective(base, list(conditioning), marks_images=image_share > 0),
+        SampleStream(samples),
         config,
         name="temporal layers",
-        groups=adapter.parameter_groups(lr=config.lr, weight_decay=config.weight_decay),
-        accelerator=accelerator,
-        run=run,
-        progress=progress,
+        seed=seed,
+        groups=adapter.parameter_groups(
+            lr=config.lr, spatial_lr=config.lr if train == "all" else None, weight_decay=config.weight_decay
+        ),
         on_checkpoint=None if on_checkpoint is None else functools.partial(on_checkpoint, adapter),
+        **engine,
     )
     base.unet.eval()
     return adapter, history
+
+
+def trainable_adapter(
+    unet: nn.Module, temporal: TemporalConfig | None, train: Trained, *, seed: int = 0
+) -> TemporalAdapter:
+    """The temporal layers of a UNet, injected if there are none, with the UNet in training mode.
+
+    Args:
+        unet: Gets the layers, and their gradients or all.
+        temporal: What to inject; the paper's layout if None.
+        train: ``temporal`` freezes the image model, ``all`` makes it trainable as well.
+        seed: Of the initial weights.
+
+    Raises:
+        ValueError: If ``temporal`` is given for a UNet that has temporal layers already.
+    """
+    if getattr(unet, "_temporal_state", None) is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapter = inject(unet, temporal)
+    elif temporal is None:
+        adapter = adapter_of(unet)
+    else:
+        raise ValueError(
+            "trainable_adapter: temporal: expected None for a UNet that has temporal layers, which say what they are; "
+            "got a configuration: remove() them first, or leave it out to go on with them"
+        )
+    unet.train()
+    if train == "temporal":
+        return adapter.freeze()
+    unet.requires_grad_(True)
+    return adapter
 
 
 def encode_clips(
@@ -294,7 +260,7 @@ def run_video_stage(config: VideoConfig) -> TemporalAdapter:
         config.optim,
         num_frames=config.num_frames,
         label_drop=config.label_drop,
-        seed=config.seed + 7919 * accelerator.process_index,
+        seed=config.seed,
         accelerator=accelerator,
         run=run,
         on_checkpoint=lambda made, step: made.save_pretrained(config.out / f"adapter-{step}") if run else None,

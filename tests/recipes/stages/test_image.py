@@ -25,13 +25,14 @@ from temporal_layers.recipes.stages.image import (
 )
 from temporal_layers.recipes.stages.image_objectives import (
     AutoencoderObjective,
+    AutoencoderSamples,
     DenoisingObjective,
+    DenoisingSamples,
     as_float,
-    autoencoder_batches,
-    denoising_batches,
     detail_loss,
 )
 from temporal_layers.recipes.training.engine import OptimConfig
+from temporal_layers.recipes.training.streams import SampleStream
 
 TINY = ImageLDMConfig(
     height=16, width=24, vae_channels=(8, 8), unet_channels=(16, 16), num_heads=2, context_dim=8, num_tokens=2
@@ -94,37 +95,34 @@ def test_denoising_objective_compares_with_the_velocity(tiny):
     torch.testing.assert_close(loss, (output - (signal * noise - sigma * latents)).square().mean())
 
 
-def test_batches_visit_every_frame_once_an_epoch_and_repeat_with_the_seed():
+def test_samples_visit_every_frame_once_an_epoch_and_repeat_with_the_seed():
     frames = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 2, 2)
 
-    def rows(seed, count=5):
-        source = autoencoder_batches(frames, options(batch_size=4), latent_shape=(1, 1, 1), seed=seed)
-        return [tuple((next(source)[0][:, 0, 0, 0] * 255).round().int().tolist()) for _ in range(count)]
+    def rows(seed, count=20):
+        draw = AutoencoderSamples(frames, latent_shape=(1, 1, 1), seed=seed)
+        return [round(255 * draw(position)[0][0, 0, 0].item()) for position in range(count)]
 
     first = rows(0)
-    assert sorted(sum(first, ())) == sorted(2 * list(range(10)))
-    assert sorted(first[0] + first[1] + first[2][:2]) == list(range(10))
+    assert sorted(first[:10]) == sorted(first[10:]) == list(range(10)) and first[:10] != first[10:]
     assert rows(0) == first != rows(1)
 
 
 def test_small_sets_fill_a_batch_by_repetition():
-    batch, noise = next(
-        autoencoder_batches(torch.rand(3, 3, 4, 4), options(batch_size=8), latent_shape=(4, 2, 2), seed=0)
-    )
+    draw = AutoencoderSamples(torch.rand(3, 3, 4, 4), latent_shape=(4, 2, 2), seed=0)
+    batch, noise = next(SampleStream(draw).batches(0, batch_size=8))
     assert batch.shape == (8, 3, 4, 4) and noise.shape == (8, 4, 2, 2)
 
 
-def test_denoising_batches_drop_labels_as_often_as_asked_and_draw_all_timesteps():
-    source = denoising_batches(
+def test_denoising_samples_drop_labels_as_often_as_asked_and_draw_all_timesteps():
+    draw = DenoisingSamples(
         torch.zeros(16, 4, 2, 2),
         torch.zeros(16, dtype=torch.long),
-        options(batch_size=2000),
         null_label=7,
         label_drop=0.25,
         num_timesteps=10,
         seed=0,
     )
-    latents, labels, noise, timesteps = next(source)
+    latents, labels, noise, timesteps = next(SampleStream(draw).batches(0, batch_size=2000))
     assert set(labels.tolist()) == {0, 7}
     assert (labels == 7).float().mean() == pytest.approx(0.25, abs=0.04)
     assert set(timesteps.tolist()) == set(range(10))

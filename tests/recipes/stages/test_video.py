@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from temporal_layers import fold_frames
-from temporal_layers.adapters import TemporalAdapter, adapter_of
+from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of
 from temporal_layers.recipes.bases import LabelBase
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.sampling import sample_clips
@@ -13,13 +12,11 @@ from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.stages.video import (
     VideoObjective,
     alphas,
-    clip_noise,
-    denoising_target,
     driving_clips,
     encode_clips,
     load_shipped_adapter,
     train_video,
-    video_batches,
+    trainable_adapter,
 )
 from temporal_layers.recipes.training.engine import OptimConfig
 
@@ -37,24 +34,6 @@ def make_latents(base, clips=3, frames=5):
     return torch.randn(clips, base.latent_shape[0], frames, *base.latent_shape[1:])
 
 
-def test_denoising_target_is_what_the_scheduler_says():
-    latents, noise = torch.randn(2, 4, 3, 5, 5), torch.randn(2, 4, 3, 5, 5)
-    timesteps = torch.tensor([10, 900])
-    alpha_bar = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000), 0)[timesteps].view(2, 1, 1, 1, 1)
-    expected = {
-        "epsilon": noise,
-        "v_prediction": alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents,
-        "sample": latents,
-    }
-    for kind, target in expected.items():
-        scheduler = DDIMScheduler(prediction_type=kind)
-        torch.testing.assert_close(denoising_target(scheduler, latents, noise, timesteps), target)
-    scheduler = DDIMScheduler()
-    scheduler.register_to_config(prediction_type="flow")
-    with pytest.raises(ValueError, match=r"denoising_target: expected prediction_type .* got 'flow'"):
-        denoising_target(scheduler, latents, noise, timesteps)
-
-
 def test_objective_gives_each_clip_one_noise_level_and_each_frame_its_own_noise(base):
     latents, noise = make_latents(base, clips=2, frames=3), make_latents(base, clips=2, frames=3)
     timesteps, labels = torch.tensor([100, 700]), torch.tensor([0, 1])
@@ -70,54 +49,14 @@ def test_objective_gives_each_clip_one_noise_level_and_each_frame_its_own_noise(
     torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-5)
 
 
-def batches(base, latents, *, label_drop=0.0, seed=0, size=4):
-    return video_batches(
-        latents,
-        {"labels": torch.arange(len(latents)) % 2},
-        base.no_conditioning(1),
-        OptimConfig(steps=1, batch_size=size, lr=1e-3),
-        num_frames=3,
-        label_drop=label_drop,
-        num_timesteps=1000,
-        seed=seed,
-    )
-
-
-def test_batches_are_windows_of_clips_with_their_conditioning(base):
-    latents = make_latents(base)
-    starts = set()
-    stream = batches(base, latents)
-    for _ in range(10):
-        clips, noise, timesteps, labels = next(stream)
-        assert noise.shape == clips.shape and timesteps.shape == (4,)
-        for clip, label in zip(clips, labels, strict=True):
-            rows = [row for row in range(3) if row % 2 == label]
-            found = [s for s in range(3) for row in rows if torch.equal(clip, latents[row, :, s : s + 3])]
-            assert len(found) == 1
-            starts.add(found[0])
-        assert noise.flatten(2).std() > 0.5 and not torch.equal(noise[:, :, 0], noise[:, :, 1])
-    assert starts == {0, 1, 2}
-
-
-def test_batches_repeat_with_their_seed_and_drop_conditioning(base):
-    latents = make_latents(base)
-    first, again, other = (next(batches(base, latents, seed=seed)) for seed in (3, 3, 4))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[1], other[1])
-    null = base.ldm.conditioner.null_label
-    assert (next(batches(base, latents, label_drop=1.0))[3] == null).all()
-    share = torch.cat([next(batches(base, latents, label_drop=0.3, seed=s, size=64))[3] for s in range(20)])
-    assert 0.25 < (share == null).float().mean() < 0.35
-
-
 def test_training_overfits_one_clip_and_leaves_the_image_model_alone(base):
     clip = driving_clips((32, 48), 1, 4)[0]
     latents = encode_clips(base, clip.frames[None])
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
-    config = OptimConfig(steps=50, batch_size=2, lr=1e-2, weight_decay=0.0)
+    config = OptimConfig(steps=80, batch_size=2, lr=1e-2, weight_decay=0.0)
     conditioning = {"labels": torch.tensor([0])}
     adapter, history = train_video(base, latents, conditioning, config, num_frames=4, label_drop=0.0, progress=False)
-    assert len(history) == 50
+    assert len(history) == 80
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(16, *latents.shape[1:], generator=generator)
     fixed = (latents.expand_as(noise), noise, torch.arange(0, 1000, 63), torch.zeros(16, dtype=torch.int64))
@@ -148,20 +87,6 @@ def test_checkpoints_hold_the_averaged_weights_of_their_step(base):
     final = adapter.state_dict()
     assert all(torch.equal(value, final[name]) for name, value in seen[4].items())
     assert any(not torch.equal(value, final[name]) for name, value in seen[2].items())
-
-
-@pytest.mark.parametrize("correlation", [0.0, 0.5, 1.0])
-def test_clip_noise_is_standard_normal_with_the_correlation_asked_for(correlation):
-    noise = clip_noise((4, 4, 3, 64, 64), correlation=correlation, generator=torch.Generator().manual_seed(0))
-    frames = noise.transpose(1, 2).flatten(2)  # (4, 3, 16384)
-    covariance = frames @ frames.transpose(1, 2) / frames.shape[-1]
-    expected = torch.full((3, 3), correlation).fill_diagonal_(1.0)
-    torch.testing.assert_close(covariance, expected.expand(4, 3, 3), rtol=0, atol=0.05)
-
-
-def test_clip_noise_refuses_a_correlation_out_of_range():
-    with pytest.raises(ValueError, match=r"clip_noise: correlation: expected a value from 0 to 1, got 1\.5"):
-        clip_noise((1, 1, 2, 2, 2), correlation=1.5)
 
 
 def test_training_repeats_with_its_seed():
@@ -227,6 +152,41 @@ def test_encode_clips_encodes_each_frame(base):
     clips = torch.rand(2, 3, 3, 16, 24)
     latents = encode_clips(base, clips)
     torch.testing.assert_close(fold_frames(latents), base.encode(fold_frames(clips)), rtol=1e-4, atol=1e-4)
+
+
+def test_all_parameters_can_be_trained_and_images_keep_clear_of_the_temporal_layers(base):
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    config = OptimConfig(steps=2, batch_size=2, lr=1e-3, weight_decay=0.0)
+    given = (make_latents(base), {"labels": torch.arange(3) % 2}, config)
+    adapter, history = train_video(base, *given, num_frames=3, train="all", image_share=1.0, progress=False)
+    after = base.unet.state_dict()
+    spatial = [name for name, _ in adapter.named_parameters("spatial")]
+    assert all(not torch.equal(before[name], after[name]) for name in spatial)
+    fresh = adapter.state_dict()
+    adapter.remove()
+    again = trainable_adapter(base.unet, None, "temporal", seed=0)
+    assert all(torch.equal(value, fresh[name]) for name, value in again.state_dict().items())
+    assert len(history) == 2
+
+
+def test_training_goes_on_with_layers_that_are_there(base):
+    config = OptimConfig(steps=1, batch_size=1, lr=1e-2)
+    given = (make_latents(base), {"labels": torch.arange(3) % 2}, config)
+    adapter, _ = train_video(base, *given, num_frames=3, progress=False)
+    before = {name: value.clone() for name, value in adapter.state_dict().items()}
+    again, _ = train_video(base, *given, num_frames=3, progress=False, seed=1)
+    assert again.sites == adapter.sites
+    moved = [name for name, value in again.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved and max((again.state_dict()[name] - before[name]).abs().max() for name in moved) < 0.011
+    with pytest.raises(ValueError, match=r"trainable_adapter: temporal: expected None for a UNet that has temporal"):
+        train_video(base, *given, num_frames=3, temporal=TemporalConfig())
+
+
+def test_images_are_refused_where_they_would_train_nothing(base):
+    with pytest.raises(ValueError, match=r"image_share: expected 0 with train='temporal', got 0\.5"):
+        train_video(
+            base, make_latents(base), {}, OptimConfig(steps=1, batch_size=1, lr=1), num_frames=3, image_share=0.5
+        )
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5, 8, 12), (2, 4, 2, 8, 12), (4, 5, 8, 12)])
