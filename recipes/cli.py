@@ -46,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     file=sys.stderr,
                 )
                 return 1
-            return job.main(words[count:])
+            try:
+                return job.main(words[count:])
+            except ValueError as error:  # says who expected what: a traceback would only bury it
+                print(f"temporal-layers {name}: {error}", file=sys.stderr)
+                return 1
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0

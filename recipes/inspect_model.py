@@ -189,11 +189,7 @@ def run_inspect(config: InspectConfig) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     config = tyro.cli(InspectConfig, description=__doc__, prog="temporal-layers inspect", args=arguments)
-    try:
-        return run_inspect(config)
-    except ValueError as error:
-        print(f"temporal-layers inspect: {error}", file=sys.stderr)
-        return 1
+    return run_inspect(config)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from accelerate import Accelerator
 from einops import rearrange
 from jaxtyping import Float
@@ -32,6 +31,7 @@ from temporal_layers.recipes.stages.image_objectives import (
     DenoisingSamples,
     as_float,
 )
+from temporal_layers.recipes.training.configs import parse
 from temporal_layers.recipes.training.engine import OptimConfig, RunFolder, fit
 from temporal_layers.recipes.training.streams import SampleStream
 
@@ -359,7 +359,7 @@ def run_image_stage(config: ImageConfig) -> ImageLDM:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stage from the command line; words of the process if ``arguments`` is None."""
-    run_image_stage(tyro.cli(ImageConfig, args=arguments, description=__doc__))
+    run_image_stage(parse(ImageConfig, arguments, prog="temporal-layers train image", description=__doc__))
     return 0
 
 

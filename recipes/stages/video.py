@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase
 from temporal_layers.recipes.driving import DrivingClip, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.stages.denoising import ClipSamples, noised
+from temporal_layers.recipes.training.configs import parse
 from temporal_layers.recipes.training.engine import OptimConfig, RunFolder, fit
 from temporal_layers.recipes.training.streams import SampleStream
 
@@ -275,7 +275,7 @@ def run_video_stage(config: VideoConfig) -> TemporalAdapter:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the stage; returns the exit code."""
-    run_video_stage(tyro.cli(VideoConfig, description=__doc__, prog="temporal-layers train video", args=arguments))
+    run_video_stage(parse(VideoConfig, arguments, prog="temporal-layers train video", description=__doc__))
     return 0
 
 

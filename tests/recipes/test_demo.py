@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from rich.console import Console
 
+from temporal_layers import recipes
 from temporal_layers.adapters import TemporalAdapter, inject
 from temporal_layers.recipes import cli, demo
 from temporal_layers.recipes.data.video_io import bunny_path, read_video
@@ -166,7 +167,9 @@ def test_cli_refuses_an_unknown_command(capsys):
     assert "unknown command 'dmeo'" in capsys.readouterr().err
 
 
-def test_cli_names_a_missing_package(monkeypatch, capsys):
-    monkeypatch.setitem(cli.COMMANDS, "demo", ("no_such_package.demo", ""))
+def test_cli_names_a_missing_package(monkeypatch, tmp_path, capsys):
+    (tmp_path / "needy.py").write_text("import no_such_package")
+    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
+    monkeypatch.setitem(cli.COMMANDS, "demo", ("needy", ""))
     assert cli.main(["demo"]) == 1
     assert "expected the package 'no_such_package', got none; install" in capsys.readouterr().err
