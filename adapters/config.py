@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
-from temporal_layers import TemporalConvConfig, TemporalResBlockConfig, TemporalTransformerConfig
+from temporal_layers import ContextConfig, TemporalConvConfig, TemporalResBlockConfig, TemporalTransformerConfig
 from temporal_layers.config import check_choice
 
 __all__ = ["SiteRule", "TemporalConfig"]
@@ -62,6 +62,8 @@ class TemporalConfig:
         resamplers: also behind the residual blocks that change the resolution (DeepFloyd IF, Kandinsky 2, NCSN++).
         conv_in: options of a transformer behind the model's first convolution (ModelScope); ``None`` for none.
         conv_out: options of a convolution behind the model's last one (SVD's decoder); ``None`` for none.
+        context: conditioning on given frames (prediction, interpolation), passed to the model as ``frame_context``;
+            ``None`` for none. At the input it is a site of its own, or part of the layer of ``conv_in``.
         include: regular expressions; only sites are filled in whose name one of them is found. Empty for all.
         exclude: regular expressions; no site is filled in whose name one of them is found.
         rules: other options for some sites; the first rule that fits a site and its layer counts.
@@ -77,6 +79,7 @@ class TemporalConfig:
     resamplers: bool = False
     conv_in: TemporalTransformerConfig | None = None
     conv_out: TemporalConvConfig | None = None
+    context: ContextConfig | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     rules: tuple[SiteRule, ...] = ()
@@ -89,6 +92,11 @@ class TemporalConfig:
         for name in ("include", "exclude"):
             for index, pattern in enumerate(getattr(self, name)):
                 _check_pattern(f"TemporalConfig.{name}[{index}]", pattern)
+        if self.context is not None and self.context.in_resblocks and self.resblock is None:
+            raise ValueError(
+                f"TemporalConfig.context: expected inject='input' without temporal residual blocks, got "
+                f"{self.context.inject!r}; set resblock, or let the context in at the input"
+            )
         if all(layer is None for layer in (self.resblock, self.transformer, self.conv_in, self.conv_out)):
             raise ValueError("TemporalConfig: expected resblock or transformer or both, got None for both")
         check_choice("TemporalConfig.transformer_policy", self.transformer_policy, POLICIES)

@@ -84,7 +84,14 @@ class VideoModel(Swapped):
 class VideoUNet(VideoModel):
     """Mixin of a UNet: clips in, clips out; images as before."""
 
-    def forward(self, sample: Tensor, *args: Any, image_only: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        sample: Tensor,
+        *args: Any,
+        image_only: Tensor | None = None,
+        frame_context: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Denoise clips or images.
 
         Args:
@@ -94,13 +101,16 @@ class VideoUNet(VideoModel):
                 ``(batch, frames)`` or ``(batch * frames,)``. With clips, every tensor with ``batch`` in front is
                 repeated for each frame and 5-D ones are folded.
             image_only: ``(batch, frames)`` bool, true for frames that bypass the temporal layers.
+            frame_context: ``(batch, planes, frames, height, width)``, what is given of each frame; ``None`` for
+                nothing, which is the same as zeros. Only for an adapter with a ``context``. With 4-D clips also
+                ``(batch * frames, planes, height, width)``.
             **kwargs: as ``args``.
 
         Returns:
             What the image model returns, with clips if clips came in.
         """
         state = self._temporal_state
-        num_frames = state.begin(type(self).__name__, sample, image_only)
+        num_frames = state.begin(type(self).__name__, sample, image_only, frame_context)
         if sample.ndim == 4:
             return super().forward(sample, *args, **kwargs)
         timestep, *names = type(self).argument_names[1:]

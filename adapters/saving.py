@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from temporal_layers import ContextConfig
 from temporal_layers.adapters import hub, named
 from temporal_layers.adapters.attach import build_layers
 from temporal_layers.adapters.weights import AdapterWeights, full_state_dict
@@ -109,6 +110,7 @@ class Saving:
         source: str | PathLike | AdapterWeights,
         *,
         name: str = "default",
+        context: ContextConfig | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -120,19 +122,24 @@ class Saving:
             source: a folder that :meth:`save_pretrained` wrote, a repository of the Hugging Face Hub (``"user/name"``),
                 or what :meth:`snapshot` or :func:`~temporal_layers.adapters.merge` returned.
             name: of the adapter; with a new one the model may have other adapters, which are kept aside.
+            context: frame context to be taken in addition, by an adapter that takes none: what lets it in starts at
+                zero, so that the model computes what it did.
             revision: branch, tag or commit of the repository.
             token: for private repositories; the one that is logged in if not given.
             local_files_only: take from the hub what was downloaded before and ask nobody.
 
         Raises:
             ValueError: if a file is missing, truncated, altered, of an unknown format or made for another model, the
-                repository cannot be had, or the model has an adapter of that name. The model is then as it was.
+                repository cannot be had, the model has an adapter of that name, or ``context`` comes with an adapter
+                that takes a frame context already. The model is then as it was.
         """
         shared = isinstance(source, AdapterWeights)
         if not shared:
             folder = hub.local_folder(source, revision=revision, token=token, local_files_only=local_files_only)
             source = AdapterWeights.load(folder)
         with named.beside("from_pretrained", model, name) as state:
+            if context is not None:
+                source = source.with_context(model, context)
             layers = source.build(model, copy=shared)
             named.put_in(model, name, named.Aside(source.config, source.sites, layers, dict(source.metadata)), state)
         return cls(model)

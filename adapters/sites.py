@@ -5,13 +5,15 @@ Nothing here changes a model. Every reason to refuse an injection is found here,
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from temporal_layers import (
+    ContextInput,
+    ContextTransformer,
     TemporalConv,
     TemporalResBlock,
     TemporalResBlockConfig,
@@ -26,7 +28,7 @@ from temporal_layers.adapters.registry import HOSTS, MODELS, ModelClass, find
 __all__ = ["InjectionSite", "plan"]
 
 SiteKind = Literal["resnet", "transformer_block", "attention", "conv_in", "conv_out"]
-TemporalLayer = TemporalResBlock | TemporalTransformerBlock | TemporalConv
+TemporalLayer = TemporalResBlock | TemporalTransformerBlock | TemporalConv | ContextInput
 
 # Residual blocks in there change the resolution; the paper puts no temporal layer behind down- and upsampling.
 RESAMPLERS = frozenset({"downsamplers", "upsamplers", "resnet_down", "resnet_up"})
@@ -60,7 +62,10 @@ class InjectionSite:
 
     def build(self, config: TemporalConfig, **factory) -> TemporalLayer:
         """Make the temporal layer of this site; ``factory`` may hold ``device`` and ``dtype``."""
-        options = config.options_for(self.name, self.kind)
+        context = config.context
+        at_input = self.kind == "conv_in" and context is not None and context.at_input
+        # What the patterns leave out are layers over frames; a context at the input stays.
+        options = config.options_for(self.name, self.kind) if _covered(self.name, config) else None
         if isinstance(options, TemporalResBlockConfig):
             return TemporalResBlock(
                 self.channels,
@@ -68,18 +73,22 @@ class InjectionSite:
                 num_groups=self.num_groups,
                 eps=self.eps,
                 config=options,
+                context=context if context is not None and context.in_resblocks else None,
                 **factory,
             )
         if isinstance(options, TemporalTransformerConfig):
-            return TemporalTransformerBlock(
+            return (ContextTransformer if at_input else TemporalTransformerBlock)(
                 self.channels,
                 num_heads=self.num_heads,
                 head_dim=self.head_dim,
                 context_dim=self.context_dim,
                 num_groups=self.num_groups,
                 config=options,
+                **({"frame_context": context} if at_input else {}),
                 **factory,
             )
+        if at_input:
+            return ContextInput(self.channels, config=context, **factory)
         return TemporalConv(self.channels, config=options, **factory)
 
 
@@ -104,11 +113,12 @@ def plan(model: nn.Module, config: TemporalConfig | None = None) -> tuple[Inject
 
     Raises:
         ValueError: if the model is of another class, is a video model already, is injected already, has no site, its
-            weights are offloaded in a way that new layers cannot join, or a pattern of the configuration is found in
-            no site.
+            weights are offloaded in a way that new layers cannot join, a pattern of the configuration is found in no
+            site, or a frame context would not get into the model.
     """
     config = config or TemporalConfig()
-    part = check_root(model).part
+    root = check_root(model)
+    part = root.part
     check_in_place(model)
     try:
         scope = model if part is None else model.get_submodule(part)
@@ -128,6 +138,7 @@ def plan(model: nn.Module, config: TemporalConfig | None = None) -> tuple[Inject
             f"covers, got none (resblock={'set' if config.resblock else None}, "
             f"transformer={'set' if config.transformer else None}); print the model and check the configuration"
         )
+    _check_context(type(model).__name__, root.family, sites.values(), config)
     for host, site in sites.items():
         if hasattr(host, "temporal"):
             raise ValueError(
@@ -169,7 +180,7 @@ def _candidates(model: nn.Module, scope: nn.Module, prefix: str, config: Tempora
     """Every site that the policy names, before the patterns and the missing options sort some out."""
     hosts = list(_hosts(scope, prefix, config))
     with_attention = {_block_of(site.name) for site in hosts if site.kind != "resnet"}
-    conv_in, conv_out = (_convolution(scope, prefix, name, getattr(config, name)) for name in ("conv_in", "conv_out"))
+    conv_in, conv_out = (_convolution(scope, prefix, name, config) for name in ("conv_in", "conv_out"))
     if conv_in is not None:
         yield conv_in
     for site in hosts:
@@ -212,26 +223,53 @@ def _block_of(path: str) -> str:
     return ".".join(above)
 
 
-def _convolution(scope: nn.Module, prefix: str, name: SiteKind, options: Any) -> InjectionSite | None:
-    if options is None:
+def _convolution(scope: nn.Module, prefix: str, name: SiteKind, config: TemporalConfig) -> InjectionSite | None:
+    for_context = name == "conv_in" and config.context is not None and config.context.at_input
+    if getattr(config, name) is None and not for_context:
         return None
     convolution = getattr(scope, name, None)
     convolution = getattr(convolution, "base_layer", convolution)
     if not isinstance(convolution, nn.Conv2d):
         raise ValueError(
-            f"plan: {prefix}{name}: expected a 2-D convolution for TemporalConfig.{name}, got "
-            f"{type(convolution).__name__}; leave {name} at None for this model"
+            f"plan: {prefix}{name}: expected a 2-D convolution for TemporalConfig.{'context' if for_context else name}"
+            f", got {type(convolution).__name__}; "
+            + ("set inject='resblock'" if for_context else f"leave {name} at None for this model")
         )
     channels = convolution.out_channels
     return InjectionSite(name=prefix + name, kind=name, channels=channels, num_groups=math.gcd(32, channels))
 
 
 def _wanted(site: InjectionSite, config: TemporalConfig) -> bool:
-    if config.options_for(site.name, site.kind) is None:
+    if site.kind == "conv_in" and config.context is not None and config.context.at_input:
+        return True
+    return config.options_for(site.name, site.kind) is not None and _covered(site.name, config)
+
+
+def _covered(name: str, config: TemporalConfig) -> bool:
+    """Whether the patterns of the configuration let a site of that name have a layer over frames."""
+    if config.include and not any(re.search(pattern, name) for pattern in config.include):
         return False
-    if config.include and not any(re.search(pattern, site.name) for pattern in config.include):
-        return False
-    return not any(re.search(pattern, site.name) for pattern in config.exclude)
+    return not any(re.search(pattern, name) for pattern in config.exclude)
+
+
+def _check_context(who: str, family: str, sites: Iterable[InjectionSite], config: TemporalConfig) -> None:
+    """Raise a ``ValueError`` if a frame context is asked for that would not get into the model."""
+    if config.context is None:
+        return
+    if family != "unet":
+        raise ValueError(
+            f"plan: {who}: TemporalConfig.context: expected None for an autoencoder, got {config.context}; frames are "
+            "given to the UNet"
+        )
+    if config.context.in_resblocks and not any(_takes_context(site, config) for site in sites):
+        raise ValueError(
+            f"plan: {who}: TemporalConfig.context: expected a temporal residual block for inject="
+            f"{config.context.inject!r}, got none among the sites; set inject='input', or change include and exclude"
+        )
+
+
+def _takes_context(site: InjectionSite, config: TemporalConfig) -> bool:
+    return isinstance(config.options_for(site.name, site.kind), TemporalResBlockConfig)
 
 
 def _check_patterns(who: str, names: list[str], config: TemporalConfig) -> None:

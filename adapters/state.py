@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from temporal_layers.adapters.config import TemporalConfig
 from temporal_layers.adapters.sites import InjectionSite
-from temporal_layers.frames import check_divisible
+from temporal_layers.frames import check_divisible, fold_frames
 
 __all__ = ["FrameCheckpoint", "TemporalState", "unwrap_checkpointing", "wrap_checkpointing"]
+
+
+Call = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class TemporalState:
@@ -32,6 +35,7 @@ class TemporalState:
         chunking: how an autoencoder cuts clips to decode them (:class:`~temporal_layers.adapters.chunks.Chunking`);
             ``None`` to decode them whole.
         image_only: ``(batch, num_frames)`` bool, true for frames that bypass the temporal layers, or ``None``.
+        frame_context: ``(batch * num_frames, planes, height, width)`` of the frames that are given, or ``None``.
         frozen: ``requires_grad`` of the image model's parameters before ``freeze()``, by name; ``None`` if not frozen.
         in_root_state_dict: whether the state dict being collected is that of the whole model.
     """
@@ -47,15 +51,19 @@ class TemporalState:
         self.chunking: Any = None
         self._clip: Tensor | None = None
         self.image_only: Tensor | None = None
+        self.frame_context: Tensor | None = None
         self.frozen: dict[str, bool] | None = None
         self.in_root_state_dict = False
 
-    def begin(self, who: str, sample: Tensor, image_only: Tensor | None = None) -> Any:
+    def begin(
+        self, who: str, sample: Tensor, image_only: Tensor | None = None, frame_context: Tensor | None = None
+    ) -> Any:
         """Note the clip length of a call on ``sample``, 5-D clips or 4-D images, and return it (``None``: images).
 
         Raises:
-            ValueError: if ``sample`` has neither 4 nor 5 axes, its batch is no multiple of the default clip length, or
-                ``image_only`` comes with images or has a wrong shape.
+            ValueError: if ``sample`` has neither 4 nor 5 axes, its batch is no multiple of the default clip length,
+                ``image_only`` or ``frame_context`` comes with images or has a wrong shape, or ``frame_context`` comes
+                where the adapter takes none.
         """
         if sample.ndim == 5:
             batch, num_frames = sample.shape[0], sample.shape[2]
@@ -80,8 +88,14 @@ class TemporalState:
                     f"{who}: image_only: expected shape ({batch}, {num_frames}), one flag for each frame of each clip, "
                     f"got {tuple(image_only.shape)}; build it from the shape of the clips"
                 )
+        folded = None
+        if frame_context is not None:
+            planes = None if self.config.context is None else self.config.context.channels
+            check_context(who, sample, frame_context, planes, num_frames)
+            folded = frame_context if frame_context.ndim == 4 else fold_frames(frame_context)
+            folded = folded.to(sample.dtype)
         self._clip = sample.new_empty((num_frames, 0)) if self.enabled and num_frames is not None else None
-        self.image_only = image_only
+        self.image_only, self.frame_context = image_only, folded
         return num_frames
 
     @property
@@ -98,37 +112,37 @@ class TemporalState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles are made between calls; what tracing left behind there could not be pickled.
-        return {**self.__dict__, "_clip": None, "image_only": None}
+        return {**self.__dict__, "_clip": None, "image_only": None, "frame_context": None}
 
     @contextmanager
     def during(self, num_frames: Any, image_only: Tensor | None) -> Iterator[None]:
         """Run the body with another clip length."""
         clip = None if num_frames is None else torch.empty((num_frames, 0))
-        with self._with(clip, image_only):
+        with self._with(clip, image_only, None):
             yield
 
     @contextmanager
-    def _with(self, clip: Tensor | None, image_only: Tensor | None) -> Iterator[None]:
-        before = self._clip, self.image_only
-        self._clip, self.image_only = clip, image_only
+    def _with(self, clip: Tensor | None, image_only: Tensor | None, frame_context: Tensor | None) -> Iterator[None]:
+        before = self.call
+        self._clip, self.image_only, self.frame_context = clip, image_only, frame_context
         try:
             yield
         finally:
-            self._clip, self.image_only = before
+            self._clip, self.image_only, self.frame_context = before
 
     @contextmanager
-    def like(self, call: tuple[Tensor | None, Tensor | None]) -> Iterator[None]:
+    def like(self, call: Call) -> Iterator[None]:
         """Run the body as in the call that :attr:`call` was read in."""
-        if call[0] is self._clip and call[1] is self.image_only:
+        if call[0] is self._clip and call[1] is self.image_only and call[2] is self.frame_context:
             yield  # keeps torch.compile free of a side effect inside a checkpointed region
             return
         with self._with(*call):
             yield
 
     @property
-    def call(self) -> tuple[Tensor | None, Tensor | None]:
+    def call(self) -> Call:
         """What :meth:`like` needs to run something as in the present call."""
-        return self._clip, self.image_only
+        return self._clip, self.image_only, self.frame_context
 
     @contextmanager
     def collecting_root(self) -> Iterator[None]:
@@ -139,6 +153,40 @@ class TemporalState:
             yield
         finally:
             self.in_root_state_dict = before
+
+
+def check_context(who: str, sample: Tensor, frame_context: Tensor, planes: int | None, num_frames: Any) -> None:
+    """Raise a ``ValueError`` unless a frame context fits the sample of a call.
+
+    Args:
+        who: name of the model.
+        sample: clips or images.
+        frame_context: what came with them.
+        planes: that the adapter takes; ``None`` if it takes no frame context.
+        num_frames: frames of a clip; ``None`` for images.
+    """
+    got = tuple(frame_context.shape)
+    if planes is None:
+        raise ValueError(
+            f"{who}: frame_context: expected None, since the adapter takes none, got shape {got}; inject with "
+            "TemporalConfig(context=ContextConfig(channels=...)), or load with context=..."
+        )
+    if num_frames is None:
+        raise ValueError(
+            f"{who}: frame_context: expected None for images, which bypass the temporal layers anyway, got shape "
+            f"{got}; pass clips as 5-D input, or set the adapter's num_frames"
+        )
+    batch = sample.shape[0] if sample.ndim == 5 else sample.shape[0] // num_frames
+    height, width = sample.shape[-2:]
+    expected = [(batch, planes, num_frames, height, width)]
+    if sample.ndim == 4:
+        expected.append((batch * num_frames, planes, height, width))
+    if got not in expected:
+        raise ValueError(
+            f"{who}: frame_context: expected shape {' or '.join(map(str, expected))}, the planes of every frame of "
+            f"every clip, got {got}; for guidance concatenate it along the batch as the sample, with zeros for clips "
+            "without given frames"
+        )
 
 
 class FrameCheckpoint:

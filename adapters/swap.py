@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from temporal_layers import TemporalResBlock, TemporalTransformerBlock
+from temporal_layers import ContextInput, ContextTransformer, TemporalResBlock, TemporalTransformerBlock
 from temporal_layers.adapters.scale import scale_of
 
 __all__ = ["Swapped", "check_restorable", "check_swappable", "restore_class", "site_mixin", "swap_class"]
@@ -75,7 +75,17 @@ class ResBlockSite(TemporalSite):
 
     def _mix(self, hidden_states: Tensor, extra: Any) -> Tensor:
         state = self._temporal_state
-        return self.temporal(hidden_states, extra, num_frames=state.num_frames, image_only=state.image_only)
+        return self.temporal(
+            hidden_states,
+            extra,
+            num_frames=state.num_frames,
+            image_only=state.image_only,
+            frame_context=self._frame_context(),
+        )
+
+    def _frame_context(self) -> Tensor | None:
+        # A context that enters at the input only is not for the blocks.
+        return None if self.temporal.context_in is None else self._temporal_state.frame_context
 
 
 class TransformerSite(TemporalSite):
@@ -102,8 +112,25 @@ class ConvSite(TemporalSite):
         return self.temporal(hidden_states, num_frames=state.num_frames, image_only=state.image_only)
 
 
+class ContextSite(TemporalSite):
+    """The first convolution, with a frame context added and perhaps a transformer over frames behind it."""
+
+    extra_name = None
+
+    def _mix(self, hidden_states: Tensor, extra: Any) -> Tensor:
+        state = self._temporal_state
+        return self.temporal(
+            hidden_states,
+            frame_context=state.frame_context,
+            num_frames=state.num_frames,
+            image_only=state.image_only,
+        )
+
+
 def site_mixin(layer: nn.Module) -> type[TemporalSite]:
     """The mixin of a host with this temporal layer."""
+    if isinstance(layer, ContextInput | ContextTransformer):
+        return ContextSite
     if isinstance(layer, TemporalResBlock):
         return ResBlockSite
     return TransformerSite if isinstance(layer, TemporalTransformerBlock) else ConvSite

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from temporal_layers import ContextConfig
 from temporal_layers.adapters import files, hub
 from temporal_layers.adapters.attach import build_layers, place_of
 from temporal_layers.adapters.card import model_card
@@ -59,6 +60,33 @@ class AdapterWeights(Content):
             # A host on the meta device is still to get its weights; the layer has its own already.
             self._fill(name, layer, torch.device("cpu") if device.type == "meta" else device, copy)
         return layers
+
+    def with_context(self, model: nn.Module, context: ContextConfig) -> "AdapterWeights":
+        """The same adapter, made to take a frame context; what lets it in starts at zero.
+
+        Args:
+            model: an image model that the adapter fits.
+            context: what to take, and where.
+
+        Raises:
+            ValueError: if the adapter takes a frame context already, or does not fit the model.
+        """
+        if self.config.context is not None:
+            raise ValueError(
+                f"{self.where}: expected an adapter without a frame context, got one with {self.config.context}; "
+                "leave context at None to use that"
+            )
+        self._check_sites(plan(model, self.config))
+        config = replace(self.config, context=context)
+        sites = plan(model, config)
+        layers = build_layers(model, config, sites, meta=True)
+        dtype = next(iter(self.weights.values())).dtype
+        added = {
+            key: torch.zeros(value.shape, dtype=dtype)
+            for key, value in full_state_dict(layers).items()
+            if key.endswith(".temporal.context_in.weight")
+        }
+        return replace(self, config=config, sites=sites, weights=self.weights | added)
 
     def save_pretrained(
         self,

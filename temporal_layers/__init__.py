@@ -8,7 +8,14 @@ Importing this package loads PyTorch only.
 
 from temporal_layers.attention import TemporalAttention
 from temporal_layers.blend import AlphaBlend
-from temporal_layers.config import AlphaConfig, TemporalConvConfig, TemporalResBlockConfig, TemporalTransformerConfig
+from temporal_layers.config import (
+    AlphaConfig,
+    ContextConfig,
+    TemporalConvConfig,
+    TemporalResBlockConfig,
+    TemporalTransformerConfig,
+)
+from temporal_layers.context import ContextInput, ContextTransformer
 from temporal_layers.conv import TemporalConv
 from temporal_layers.frames import fold_frames, unfold_frames
 from temporal_layers.positions import (
@@ -26,6 +33,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AlphaBlend",
     "AlphaConfig",
+    "ContextConfig",
+    "ContextInput",
+    "ContextTransformer",
     "RelativePositionBias",
     "RotaryPosition",
     "SinusoidalMLPPosition",

@@ -8,10 +8,11 @@ they go through JSON unchanged.
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["AlphaConfig", "TemporalConvConfig", "TemporalResBlockConfig", "TemporalTransformerConfig"]
+__all__ = ["AlphaConfig", "ContextConfig", "TemporalConvConfig", "TemporalResBlockConfig", "TemporalTransformerConfig"]
 
 AlphaShape = Literal["scalar", "frame", "channel"]
 NormOver = Literal["clip", "frame"]
+Inject = Literal["resblock", "input", "both"]
 Position = Literal["none", "sinusoidal", "sinusoidal_mlp", "rotary", "relative"]
 
 
@@ -61,6 +62,46 @@ class AlphaConfig:
             )
         if self.num_frames is not None:
             check_at_least("AlphaConfig.num_frames", self.num_frames, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """Conditioning on given frames, ``c_S`` of the Video LDM (sections 3.2 and 3.3, figure 4).
+
+    The model then takes ``frame_context``: planes of the given frames' latents (zero elsewhere), of the mask that says
+    which those are, and of whatever else there is to tell (their noise level, the frame rate).
+
+    Every convolution that lets them in starts at zero and has no bias. So injection is the identity, and a context of
+    zeros (no frame given: the unconditional branch of context guidance) is the same as none at all.
+
+    Args:
+        channels: planes of the context.
+        inject: where it enters: ``"resblock"``, in front of the convolutions over frames of every temporal residual
+            block, through a resize and a learned convolution (the paper); ``"input"``, added to the output of the
+            model's first convolution, which equals that convolution with more input channels (SVD); ``"both"``.
+        kernel_size: odd height and width of those convolutions; at the input, the first convolution's own counts.
+    """
+
+    channels: int
+    inject: Inject = "resblock"
+    kernel_size: int = 3
+
+    def __post_init__(self) -> None:
+        check_at_least("ContextConfig.channels", self.channels, 1)
+        check_choice("ContextConfig.inject", self.inject, ("resblock", "input", "both"))
+        check_at_least("ContextConfig.kernel_size", self.kernel_size, 1)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"ContextConfig.kernel_size: expected an odd number, got {self.kernel_size}")
+
+    @property
+    def in_resblocks(self) -> bool:
+        """Whether the temporal residual blocks take the context."""
+        return self.inject in ("resblock", "both")
+
+    @property
+    def at_input(self) -> bool:
+        """Whether the model's first convolution takes the context."""
+        return self.inject in ("input", "both")
 
 
 @dataclass(frozen=True, kw_only=True)

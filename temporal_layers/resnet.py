@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from temporal_layers.autocast import autocast_to
 from temporal_layers.blend import AlphaBlend
-from temporal_layers.config import TemporalResBlockConfig
+from temporal_layers.config import ContextConfig, TemporalResBlockConfig
+from temporal_layers.context import context_conv, enter_context
 from temporal_layers.frames import check_divisible, frames_to_height, height_to_frames
 from temporal_layers.kernels.group_norm import group_norm
 from temporal_layers.kernels.temporal_conv import temporal_conv
@@ -68,12 +69,16 @@ class TemporalResBlock(nn.Module):
     after the first; the output is ``x + (1 - alpha) * update``, which equals the blend of ``x`` with ``x + update``.
     With ``zero_init`` it starts as the identity, bit for bit.
 
+    A frame context is merged with ``x`` in front of the convolutions, and the blend still takes ``x`` from before that:
+    with ``c`` for what enters, ``x + (1 - alpha) * (c + update(x + c))``.
+
     Args:
         channels: channels of the feature map, in and out.
         temb_channels: width of the host's timestep embedding; ``None`` for none.
         num_groups: groups of the norms; must divide ``channels``.
         eps: epsilon of the norms; that of the config, if it has one, takes precedence.
         config: everything else.
+        context: the frame context that the block takes; ``None`` for none.
 
     Raises:
         ValueError: if ``num_groups`` does not divide ``channels``.
@@ -87,6 +92,7 @@ class TemporalResBlock(nn.Module):
         num_groups: int = 32,
         eps: float = 1e-5,
         config: TemporalResBlockConfig | None = None,
+        context: ContextConfig | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -112,6 +118,7 @@ class TemporalResBlock(nn.Module):
         if self.temb_channels is not None:
             self.temb_proj = nn.Linear(self.temb_channels, channels, **factory)
         self.dropout = nn.Dropout(config.dropout)
+        self.context_in = None if context is None else context_conv(context, channels, **factory)
         self.blend = AlphaBlend(config.alpha, channels=channels, device=device)
         if config.zero_init:
             zero_(self.convs[-1])
@@ -125,6 +132,7 @@ class TemporalResBlock(nn.Module):
         *,
         num_frames: int,
         image_only: Bool[Tensor, "batch frames"] | None = None,
+        frame_context: Float[Tensor, "n planes context_height context_width"] | None = None,
     ) -> Float[Tensor, "n channels height width"]:
         """Mix frames by convolution.
 
@@ -134,17 +142,22 @@ class TemporalResBlock(nn.Module):
                 if the block has a projection for it, ignored otherwise.
             num_frames: frames of a clip.
             image_only: ``(batch, num_frames)``, true for frames that pass unchanged.
+            frame_context: ``(batch * num_frames, planes, height, width)`` planes of a frame context, of any
+                resolution; ``None`` for none.
 
         Returns:
             The shape, dtype and memory format of ``hidden_states``.
 
         Raises:
-            ValueError: if the batch is no multiple of ``num_frames``, or ``hidden_states`` or ``temb`` has another
-                shape.
+            ValueError: if the batch is no multiple of ``num_frames``, ``hidden_states``, ``temb`` or ``frame_context``
+                has another shape, or the block takes no ``frame_context``.
         """
         self._check(hidden_states, temb, num_frames)
         height, width = hidden_states.shape[-2:]
-        maps = frames_to_height(hidden_states, num_frames)
+        entered = None
+        if frame_context is not None:
+            entered = enter_context("TemporalResBlock", self.context_in, hidden_states, frame_context)
+        maps = frames_to_height(hidden_states if entered is None else hidden_states + entered, num_frames)
         for index, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
             maps = norm(maps)
             if index > 0:
@@ -154,6 +167,8 @@ class TemporalResBlock(nn.Module):
                 projected = self.temb_proj(F.silu(temb))
                 maps = maps + projected.unflatten(0, (-1, num_frames)).transpose(1, 2).unsqueeze(-1)
         update = height_to_frames(maps, height, width)
+        if entered is not None:
+            update = update + entered
         return self.blend.residual(hidden_states, update, num_frames=num_frames, image_only=image_only)
 
     def _check(self, hidden_states: Tensor, temb: Tensor | None, num_frames: int) -> None:
