@@ -1,31 +1,28 @@
 """Read and write short video clips as tensors.
 
-A clip is a float tensor ``(3, frames, height, width)`` in [0, 1], RGB. FFmpeg (through PyAV) reads and writes streams;
-Pillow reads and writes the animated image formats, whose per-frame durations it keeps exactly.
+A clip is a float tensor ``(3, frames, height, width)`` in [0, 1], RGB. FFmpeg (through PyAV) reads and writes streams,
+Pillow the animated image formats. ``decoding`` reads bytes for training, faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-ANIMATION_SUFFIXES = (".gif", ".png", ".webp")
+from temporal_layers.recipes.data.opening import ANIMATION_SUFFIXES, BT709, check_rate, open_video, sample_frames
+
 VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".webp")
 
-_BT709 = 1
-_UNSPECIFIED = 2
 _LIMITED_RANGE = 1
 
 
@@ -63,109 +60,9 @@ def list_videos(folder: str | Path) -> list[Path]:
     return found
 
 
-@dataclass(frozen=True)
-class _Source:
-    """An open file: frames in display order, each with the seconds at which it appears and goes.
-
-    Only wanted frames are turned into images.
-    """
-
-    fps: float
-    frames: Iterator[tuple[float, float, Any]]
-    to_image: Callable[[Any], Image.Image]
-
-
-def _stream_image(frame: av.VideoFrame) -> Image.Image:
-    # Untagged HD files are BT.709 by the convention of every player; swscale alone would take them for BT.601.
-    untagged_hd = frame.colorspace == _UNSPECIFIED and frame.height >= 720
-    rgb = frame.reformat(format="rgb24", src_colorspace=_BT709 if untagged_hd else None)
-    return Image.fromarray(np.rot90(rgb.to_ndarray(), k=frame.rotation // 90))
-
-
-def _timed(
-    container: av.container.InputContainer, stream: av.VideoStream, fps: float
-) -> Iterator[tuple[float, float, Any]]:
-    origin = float((stream.start_time or 0) * stream.time_base)
-    for index, frame in enumerate(container.decode(stream)):
-        time = index / fps if frame.time is None else frame.time - origin
-        yield time, time + 1 / fps, frame
-
-
-@contextmanager
-def _open_stream(path: Path, start: float) -> Iterator[_Source]:
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError(
-                f"read_video: {path}: expected a video stream, got none (an audio file?); pass a video file"
-            )
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        index = stream.index_entries
-        # A file cut short behind its index decodes without any error, only with fewer frames: compare index and size.
-        if len(index) and index[-1].pos + index[-1].size > container.size:
-            needed = index[-1].pos + index[-1].size
-            raise ValueError(
-                f"read_video: {path}: truncated: expected {needed} bytes, got {container.size}; copy the file again"
-            )
-        rate = float(stream.average_rate or stream.guessed_rate)
-        # A bare stream (.h264) has no times to seek by: its frames are counted from the first one.
-        if start > 0 and stream.start_time is not None:
-            container.seek(int(start / stream.time_base) + stream.start_time, stream=stream)
-        yield _Source(rate, _timed(container, stream, rate), _stream_image)
-
-
-@contextmanager
-def _open_animation(path: Path, start: float) -> Iterator[_Source]:
-    with Image.open(path) as image:
-        count = getattr(image, "n_frames", 1)
-        durations = []
-        for index in range(count):
-            image.seek(index)
-            image.load()
-            durations.append(image.info.get("duration", 0) / 1000)
-        if min(durations) <= 0:
-            raise ValueError(f"read_video: {path}: expected an animation with a duration per frame, got a still image")
-        times = [sum(durations[:index]) for index in range(count + 1)]
-        # The iterator hands out one object that changes with every step, hence the copies.
-        copies = (frame.convert("RGB") for frame in ImageSequence.Iterator(image))
-        yield _Source(count / times[-1], zip(times[:-1], times[1:], copies, strict=True), lambda copy: copy)
-
-
-@contextmanager
-def _open_source(path: Path, start: float) -> Iterator[_Source]:
-    if not path.is_file():
-        raise ValueError(f"read_video: {path}: expected a video file, got a path that is no file; check the name")
-    try:
-        with (_open_animation if path.suffix.lower() in ANIMATION_SUFFIXES else _open_stream)(path, start) as source:
-            yield source
-    except (av.FFmpegError, UnidentifiedImageError, OSError, EOFError, SyntaxError) as error:
-        raise ValueError(
-            f"read_video: {path}: expected a readable video, got damaged data ({error}); copy the file again"
-        ) from error
-
-
-def _sample(source: _Source, *, start: float, fps: float | None, stride: int) -> Iterator[Image.Image]:
-    """Frames from ``start`` (seconds) on: every ``stride``-th, or the one on screen at each multiple of ``1 / fps``."""
-    if fps is None:
-        wanted = (frame for time, _, frame in source.frames if time > start - 0.5 / source.fps)
-        for index, frame in enumerate(wanted):
-            if index % stride == 0:
-                yield source.to_image(frame)
-        return
-    slack = 0.1 / source.fps  # containers round times, some to hundredths of a second
-    taken, held, held_until = 0, None, 0.0
-    for time, until, frame in source.frames:
-        while held is not None and start + taken / fps < time - slack:
-            yield source.to_image(held)
-            taken += 1
-        held, held_until = frame, until
-    while held is not None and start + taken / fps < held_until - slack:
-        yield source.to_image(held)
-        taken += 1
-
-
-def _fit(image: Image.Image, size: tuple[int, int] | None) -> Float[Tensor, "3 height width"]:
+def _fit(pixels: np.ndarray, size: tuple[int, int] | None) -> Float[Tensor, "3 height width"]:
     """Scale with a Lanczos filter so that the shorter side fits, cut the rest off around the centre, to [0, 1]."""
+    image = Image.fromarray(pixels)
     if size is not None and (image.height, image.width) != size:
         height, width = size
         scale = min(image.height / height, image.width / width)
@@ -186,15 +83,6 @@ def _check_sampling(num_frames: int | None, size: tuple[int, int] | None, fps: f
         raise ValueError(f"read_video: stride: expected 1 or more, got {stride}; 1 keeps every frame")
     if fps is not None and stride != 1:
         raise ValueError(f"read_video: expected fps or stride, got both (fps={fps}, stride={stride}); drop one of them")
-
-
-def _sampled_rate(path: Path, source: _Source, fps: float | None, stride: int) -> float:
-    # Above the file's own rate frames would repeat, and a motion model would learn to stand still.
-    if fps is not None and fps > source.fps * 1.01:
-        raise ValueError(
-            f"read_video: {path}: fps: expected at most the file's rate {source.fps:.6g}, got {fps}; ask for less"
-        )
-    return source.fps / stride if fps is None else fps
 
 
 def read_video(
@@ -226,15 +114,14 @@ def read_video(
         ValueError: no such file, no video stream, damaged or truncated data, fewer frames than asked for, a rate above
             the file's, or a bad argument.
     """
-    path = Path(path)
     _check_sampling(num_frames, size, fps, stride)
     if start < 0:
         raise ValueError(f"read_video: start: expected 0 or more seconds, got {start}")
     images: list[Tensor] = []
-    with _open_source(path, start) as source:
-        rate = _sampled_rate(path, source, fps, stride)
-        for image in _sample(source, start=start, fps=fps, stride=stride):
-            images.append(_fit(image, size))
+    with open_video(path) as video:
+        rate = check_rate(f"read_video: {path}", video.info.fps, fps, stride)
+        for frame in sample_frames(video, start=start, fps=fps, stride=stride):
+            images.append(_fit(video.render(frame, None), size))
             if len(images) == num_frames:
                 break
     if not images or len(images) < (num_frames or 1):
@@ -260,13 +147,12 @@ def iterate_clips(
     Raises:
         ValueError: as `read_video`; at the place of the fault, so that clips before it have been handed out.
     """
-    path = Path(path)
     _check_sampling(num_frames, size, fps, stride)
     clips, images = 0, []
-    with _open_source(path, 0.0) as source:
-        rate = _sampled_rate(path, source, fps, stride)
-        for image in _sample(source, start=0.0, fps=fps, stride=stride):
-            images.append(_fit(image, size))
+    with open_video(path) as video:
+        rate = check_rate(f"read_video: {path}", video.info.fps, fps, stride)
+        for frame in sample_frames(video, fps=fps, stride=stride):
+            images.append(_fit(video.render(frame, None), size))
             if len(images) == num_frames:
                 yield VideoClip(torch.stack(images, dim=1), rate)
                 clips, images = clips + 1, []
@@ -306,11 +192,11 @@ def _save_stream(path: Path, frames: np.ndarray, fps: float) -> None:
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         codec = stream.codec_context
         # Untagged files are shown with another colour matrix by some players.
-        codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         codec.color_range = _LIMITED_RANGE
         for array in frames:
             frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-            yuv = frame.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE)
+            yuv = frame.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=_LIMITED_RANGE)
             container.mux(stream.encode(yuv))
         container.mux(stream.encode())
 

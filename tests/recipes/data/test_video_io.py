@@ -291,7 +291,7 @@ def damaged(source: Path, path: Path, kind: str) -> Path:
 
 
 def test_bad_files_are_named(tmp_path, counted):
-    with pytest.raises(ValueError, match=r"read_video: .*no\.mp4: expected a video file, got a path that is no file"):
+    with pytest.raises(ValueError, match=r"open_video: .*no\.mp4: expected a video file, got a path that is no file"):
         read_video(tmp_path / "no.mp4")
     with pytest.raises(ValueError, match=r"cut\.mp4: truncated: expected 33357 bytes, got 30021; copy the file again"):
         read_video(damaged(bunny_path(), tmp_path / "cut.mp4", "cut"))
