@@ -90,6 +90,7 @@ class VideoUNet(VideoModel):
         *args: Any,
         image_only: Tensor | None = None,
         frame_context: Tensor | None = None,
+        temporal_encoder_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Denoise clips or images.
@@ -104,13 +105,19 @@ class VideoUNet(VideoModel):
             frame_context: ``(batch, planes, frames, height, width)``, what is given of each frame; ``None`` for
                 nothing, which is the same as zeros. Only for an adapter with a ``context``. With 4-D clips also
                 ``(batch * frames, planes, height, width)``.
+            temporal_encoder_hidden_states: ``(batch, tokens, channels)``, a text for the temporal layers alone, or one
+                a frame, of which the first of each clip counts, as with ``encoder_hidden_states``, which ``None``
+                takes. For an image model whose text encoder was tuned after the temporal layers were trained: they go
+                on with the text that they know. As wide as the text that reaches the model's cross-attentions.
             **kwargs: as ``args``.
 
         Returns:
             What the image model returns, with clips if clips came in.
         """
-        state = self._temporal_state
-        num_frames = state.begin(type(self).__name__, sample, image_only, frame_context)
+        state, text = self._temporal_state, temporal_encoder_hidden_states
+        if text is not None:
+            self._check_text(text)
+        num_frames = state.begin(type(self).__name__, sample, image_only, frame_context, text)
         if sample.ndim == 4:
             return super().forward(sample, *args, **kwargs)
         timestep, *names = type(self).argument_names[1:]
@@ -122,6 +129,14 @@ class VideoUNet(VideoModel):
             return (unfold_frames(output[0], num_frames), *output[1:])
         output.sample = unfold_frames(output.sample, num_frames)
         return output
+
+    def _check_text(self, text: Tensor) -> None:
+        layers = (self.get_submodule(site.name).temporal for site in self._temporal_state.sites)
+        if all(getattr(layer, "context_dim", None) is None for layer in layers):
+            raise ValueError(
+                f"{type(self).__name__}: temporal_encoder_hidden_states: expected None, since no temporal layer takes "
+                f"a text, got shape {tuple(text.shape)}; leave it out"
+            )
 
 
 class PerFrame:

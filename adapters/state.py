@@ -14,7 +14,7 @@ from temporal_layers.frames import check_divisible, fold_frames
 __all__ = ["FrameCheckpoint", "TemporalState", "unwrap_checkpointing", "wrap_checkpointing"]
 
 
-Call = tuple[Tensor | None, Tensor | None, Tensor | None]
+Call = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class TemporalState:
@@ -36,6 +36,7 @@ class TemporalState:
             ``None`` to decode them whole.
         image_only: ``(batch, num_frames)`` bool, true for frames that bypass the temporal layers, or ``None``.
         frame_context: ``(batch * num_frames, planes, height, width)`` of the frames that are given, or ``None``.
+        text: ``(batch, tokens, channels)`` for the temporal layers alone, or ``None`` for that of the image model.
         frozen: ``requires_grad`` of the image model's parameters before ``freeze()``, by name; ``None`` if not frozen.
         in_root_state_dict: whether the state dict being collected is that of the whole model.
     """
@@ -52,18 +53,24 @@ class TemporalState:
         self._clip: Tensor | None = None
         self.image_only: Tensor | None = None
         self.frame_context: Tensor | None = None
+        self.text: Tensor | None = None
         self.frozen: dict[str, bool] | None = None
         self.in_root_state_dict = False
 
     def begin(
-        self, who: str, sample: Tensor, image_only: Tensor | None = None, frame_context: Tensor | None = None
+        self,
+        who: str,
+        sample: Tensor,
+        image_only: Tensor | None = None,
+        frame_context: Tensor | None = None,
+        text: Tensor | None = None,
     ) -> Any:
         """Note the clip length of a call on ``sample``, 5-D clips or 4-D images, and return it (``None``: images).
 
         Raises:
             ValueError: if ``sample`` has neither 4 nor 5 axes, its batch is no multiple of the default clip length,
-                ``image_only`` or ``frame_context`` comes with images or has a wrong shape, or ``frame_context`` comes
-                where the adapter takes none.
+                ``image_only``, ``frame_context`` or ``text`` comes with images or has a wrong shape, or
+                ``frame_context`` comes where the adapter takes none.
         """
         if sample.ndim == 5:
             batch, num_frames = sample.shape[0], sample.shape[2]
@@ -96,6 +103,7 @@ class TemporalState:
             folded = folded.to(sample.dtype)
         self._clip = sample.new_empty((num_frames, 0)) if self.enabled and num_frames is not None else None
         self.image_only, self.frame_context = image_only, folded
+        self.text = None if text is None else text_of_clips(who, text, batch, num_frames)
         return num_frames
 
     @property
@@ -112,37 +120,37 @@ class TemporalState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles are made between calls; what tracing left behind there could not be pickled.
-        return {**self.__dict__, "_clip": None, "image_only": None, "frame_context": None}
+        return {**self.__dict__, "_clip": None, "image_only": None, "frame_context": None, "text": None}
 
     @contextmanager
     def during(self, num_frames: Any, image_only: Tensor | None) -> Iterator[None]:
         """Run the body with another clip length."""
         clip = None if num_frames is None else torch.empty((num_frames, 0))
-        with self._with(clip, image_only, None):
+        with self._with((clip, image_only, None, None)):
             yield
 
     @contextmanager
-    def _with(self, clip: Tensor | None, image_only: Tensor | None, frame_context: Tensor | None) -> Iterator[None]:
+    def _with(self, call: Call) -> Iterator[None]:
         before = self.call
-        self._clip, self.image_only, self.frame_context = clip, image_only, frame_context
+        self._clip, self.image_only, self.frame_context, self.text = call
         try:
             yield
         finally:
-            self._clip, self.image_only, self.frame_context = before
+            self._clip, self.image_only, self.frame_context, self.text = before
 
     @contextmanager
     def like(self, call: Call) -> Iterator[None]:
         """Run the body as in the call that :attr:`call` was read in."""
-        if call[0] is self._clip and call[1] is self.image_only and call[2] is self.frame_context:
+        if all(value is now for value, now in zip(call, self.call, strict=True)):
             yield  # keeps torch.compile free of a side effect inside a checkpointed region
             return
-        with self._with(*call):
+        with self._with(call):
             yield
 
     @property
     def call(self) -> Call:
         """What :meth:`like` needs to run something as in the present call."""
-        return self._clip, self.image_only, self.frame_context
+        return self._clip, self.image_only, self.frame_context, self.text
 
     @contextmanager
     def collecting_root(self) -> Iterator[None]:
@@ -187,6 +195,33 @@ def check_context(who: str, sample: Tensor, frame_context: Tensor, planes: int |
             f"every clip, got {got}; for guidance concatenate it along the batch as the sample, with zeros for clips "
             "without given frames"
         )
+
+
+def text_of_clips(who: str, text: Tensor, batch: Any, num_frames: Any) -> Tensor:
+    """The text of the temporal layers with one row a clip, that of its first frame if there is one a frame.
+
+    Args:
+        who: name of the model.
+        text: what came with the call.
+        batch: clips.
+        num_frames: frames of a clip; ``None`` for images.
+
+    Raises:
+        ValueError: if the call is on images, or the text has another number of rows or axes.
+    """
+    got = tuple(text.shape)
+    if num_frames is None:
+        raise ValueError(
+            f"{who}: temporal_encoder_hidden_states: expected None for images, which bypass the temporal layers "
+            f"anyway, got shape {got}; pass clips as 5-D input, or set the adapter's num_frames"
+        )
+    if len(got) != 3 or got[0] not in (batch, batch * num_frames):
+        raise ValueError(
+            f"{who}: temporal_encoder_hidden_states: expected ({batch}, tokens, channels), one text a clip, or "
+            f"({batch * num_frames}, tokens, channels), got {got}; for guidance concatenate it along the batch as "
+            "encoder_hidden_states"
+        )
+    return text if got[0] == batch else text.unflatten(0, (batch, num_frames))[:, 0]
 
 
 class FrameCheckpoint:

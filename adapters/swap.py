@@ -97,8 +97,11 @@ class TransformerSite(TemporalSite):
         state = self._temporal_state
         if isinstance(extra, tuple):  # an IP-Adapter appends image embeddings to the text
             extra = extra[0]
-        needs_text = self.temporal.context_dim is not None and extra is not None
-        context = extra.unflatten(0, (-1, state.num_frames))[:, 0] if needs_text else None
+        context = None
+        if self.temporal.context_dim is not None:
+            context = state.text
+            if context is None and extra is not None:
+                context = extra.unflatten(0, (-1, state.num_frames))[:, 0]
         return self.temporal(hidden_states, context, num_frames=state.num_frames, image_only=state.image_only)
 
 
