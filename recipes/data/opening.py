@@ -25,6 +25,7 @@ from temporal_layers.recipes.driving import DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.driving_frame import Painter
 
 ANIMATION_SUFFIXES = (".gif", ".png", ".webp")
+VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".webp")
 
 BT709 = 1
 _UNSPECIFIED = 2

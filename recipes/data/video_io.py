@@ -19,9 +19,14 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from temporal_layers.recipes.data.opening import ANIMATION_SUFFIXES, BT709, check_rate, open_video, sample_frames
-
-VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".webp")
+from temporal_layers.recipes.data.opening import (
+    ANIMATION_SUFFIXES,
+    BT709,
+    VIDEO_SUFFIXES,
+    check_rate,
+    open_video,
+    sample_frames,
+)
 
 _LIMITED_RANGE = 1
 
