@@ -1,166 +1,61 @@
-"""The training engine shared by all stages: optimiser, schedule, averaged weights, progress and run folder.
+"""The training engine shared by all stages.
 
 A stage brings two things: an *objective*, a module whose ``forward(*batch)`` returns a dictionary of scalar losses
 with the key ``"loss"`` (so that distributed wrappers see one forward pass), and a stream of batches, which owns
-all randomness (so that an objective is a function of its batch).  Hugging Face ``accelerate`` supplies devices,
-mixed precision and data parallelism: start a stage with ``accelerate launch`` to use several GPUs.
+all randomness (so that an objective is a function of its batch). Hugging Face ``accelerate`` supplies devices,
+mixed precision and data parallelism: start a stage with ``accelerate launch`` or ``torchrun`` to use several GPUs.
+
+docs/training.md says how to start, stop and go on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import platform
+import re
+import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch import nn
 
-from temporal_layers.recipes.training.streams import Batch, Stream  # noqa: F401
+from temporal_layers.recipes.training.average import AveragedWeights
+from temporal_layers.recipes.training.checkpoints import Checkpoints, read, verify
+from temporal_layers.recipes.training.files import NO_SPACE
+from temporal_layers.recipes.training.launch import (
+    EngineConfig,
+    StopRequest,
+    check_accelerator,
+    checkpoint_gradients,
+    make_accelerator,
+    tracking,
+)
+from temporal_layers.recipes.training.live import LiveBar
+from temporal_layers.recipes.training.memory import format_budget, memory_budget, named_groups
+from temporal_layers.recipes.training.optim import OptimConfig, learning_rate
+from temporal_layers.recipes.training.run_folder import RunFolder, versions
+from temporal_layers.recipes.training.state import changed, settings
+from temporal_layers.recipes.training.steps import Groups, Steps
+from temporal_layers.recipes.training.streams import Batch, Stream
 
+__all__ = [
+    "AveragedWeights",
+    "Batch",
+    "EngineConfig",
+    "OptimConfig",
+    "RunFolder",
+    "fit",
+    "learning_rate",
+    "make_accelerator",
+    "versions",
+]
 
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """How a set of parameters is trained.
-
-    Attributes:
-        steps: Optimiser steps.
-        batch_size: Samples per step and process.
-        lr: Peak learning rate of AdamW.
-        schedule: ``one-cycle`` (Smith & Topin 2018; best for the short runs of this repository), ``cosine`` (linear
-            warm-up, then cosine to zero) or ``constant`` (linear warm-up, then flat).
-        warmup: Share of the steps during which the learning rate rises.
-        weight_decay: AdamW's decoupled weight decay.
-        grad_clip: Largest gradient norm; larger gradients are scaled down.
-        ema_decay: Decay of the averaged weights that a stage hands back; 0 hands back the last weights.
-        checkpoint_every: Steps between calls of the checkpoint function; 0 for none.
-    """
-
-    steps: int
-    batch_size: int
-    lr: float
-    schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    ema_decay: float = 0.0
-    checkpoint_every: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"OptimConfig: expected steps and batch_size of at least 1, got steps={self.steps} and "
-                f"batch_size={self.batch_size}"
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"OptimConfig: expected ema_decay in [0, 1), got {self.ema_decay}; 0 turns averaging off")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"OptimConfig: expected warmup, a share of the steps, in [0, 1), got {self.warmup}")
-        if self.schedule not in ("one-cycle", "cosine", "constant"):
-            raise ValueError(
-                f"OptimConfig: expected schedule 'one-cycle', 'cosine' or 'constant', got {self.schedule!r}"
-            )
-
-
-def learning_rate(config: OptimConfig, step: int) -> float:
-    """Learning rate at a step, counted from 0.
-
-    One-cycle and cosine both end at (nearly) zero; one-cycle rises along a cosine from a 25th of the peak, the
-    others rise linearly from 1 / (warm-up steps).
-    """
-    rising = config.warmup * config.steps
-    if step < rising:
-        if config.schedule == "one-cycle":
-            share = 0.5 - 0.5 * math.cos(math.pi * step / rising)
-            return config.lr * (0.04 + 0.96 * share)
-        return config.lr * min(1.0, (step + 1) / rising)
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - rising) / max(config.steps - rising, 1)
-    return config.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
-
-
-class AveragedWeights:
-    """Exponential moving average of the trainable parameters of a module.
-
-    The decay warms up as ``(1 + n) / (10 + n)``, so that a short run does not average its own initialisation.
-
-    Args:
-        module: The module whose parameters with ``requires_grad`` are averaged.
-        decay: Long-run decay in (0, 1).
-    """
-
-    def __init__(self, module: nn.Module, *, decay: float) -> None:
-        self.decay = decay
-        self.updates = 0
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.averages = [parameter.detach().clone() for parameter in self.parameters]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the averages towards the current parameters."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
-
-    @torch.no_grad()
-    def store(self) -> None:
-        """Write the averages into the module for good."""
-        for parameter, average in zip(self.parameters, self.averages, strict=True):
-            parameter.copy_(average)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Put the averages into the module for the duration of a ``with`` block."""
-        current = [parameter.detach().clone() for parameter in self.parameters]
-        self.store()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(self.parameters, current, strict=True):
-                    parameter.copy_(value)
-
-
-class RunFolder:
-    """Folder of a run: resolved configuration, versions and one JSON line of losses per step.
-
-    Args:
-        path: Folder to create; its losses are started afresh.
-        config: Dataclass instance with everything needed to repeat the run.
-    """
-
-    def __init__(self, path: Path | str, config: Any) -> None:
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write("config.json", dataclasses.asdict(config))
-        self.write("versions.json", versions())
-        self.losses = self.path / "losses.jsonl"
-        self.losses.write_text("")
-
-    def write(self, name: str, value: Any) -> None:
-        """Write a value as indented JSON."""
-        (self.path / name).write_text(json.dumps(value, indent=2, default=str) + "\n")
-
-    def log(self, **record: Any) -> None:
-        """Append one record to ``losses.jsonl``."""
-        with self.losses.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a training run."""
-    names = ("torch", "diffusers", "accelerate", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+Validate = Callable[[int], Mapping[str, float]]
 
 
 def fit(
@@ -170,100 +65,262 @@ def fit(
     *,
     name: str,
     seed: int = 0,
-    groups: list[dict[str, Any]] | None = None,
+    groups: Groups | Mapping[str, Groups] | None = None,
     accelerator: Accelerator | None = None,
     run: RunFolder | None = None,
+    engine: EngineConfig | None = None,
     progress: bool = True,
     on_checkpoint: Callable[[int], None] | None = None,
+    validate: Validate | None = None,
 ) -> list[float]:
     """Train the parameters of an objective that require gradients; leave averaged weights in place if asked for.
 
+    An objective with an attribute ``turns``, names such as ``("generator", "discriminator")``, is called with each of
+    them as the keyword ``turn`` in every step; each turn steps an optimiser of its own, and clears all gradients.
+
     Args:
-        objective: Module whose ``forward(*batch)`` returns losses by name, ``"loss"`` being the one to minimise.
+        objective: Module whose ``forward(*batch)`` returns losses by name, ``"loss"`` being the one to minimise. It may
+            have been cut up with ``fully_shard`` already.
         stream: Batches, drawn by their number; tensors are moved to the device, other values pass as they are.
         config: Steps, learning rate and so on.
-        name: What to call this stage in the progress bar and in the log.
+        name: What to call this stage in the progress bar, in the log and in the names of the checkpoints.
         seed: Seed of what the objective draws itself, such as dropout.
         groups: Parameter groups for the optimiser, each with its peak ``lr`` and its ``weight_decay``, for instance
-            of ``TemporalAdapter.parameter_groups``; one group of everything trainable if None.
-        accelerator: Device and precision; a default one if None.
-        run: Folder that gets one line of losses per step, if given.
-        progress: Whether to show a progress bar on the main process.
-        on_checkpoint: Called with the number of finished steps, averaged weights in place.
+            of ``TemporalAdapter.parameter_groups``; one group of everything trainable if None. With turns, a
+            dictionary from the name of a turn to its groups.
+        accelerator: Device and precision, of ``make_accelerator``; a new one if None. What was prepared with it before
+            is forgotten by it in the end.
+        run: Folder that gets one line of losses per step, and checkpoints; needed on the main process only.
+        engine: Precision, accumulation, trackers, checkpoints, resuming; its defaults if None.
+        progress: Whether to show the memory budget and a progress bar on the main process.
+        on_checkpoint: Called on every process with the number of finished steps, averaged weights in place.
+        validate: The same every ``engine.validate_every`` steps; what it returns is logged.
 
     Returns:
-        The loss of each step on this process.
+        The loss of each step, the mean over processes; with turns, that of the first.
 
     Raises:
-        ValueError: If nothing in the objective is trainable.
-        RuntimeError: If the loss stops being finite.
+        ValueError: If nothing in the objective is trainable, the groups are not those of the objective, or the run
+            cannot go on from the checkpoint that it should.
+        RuntimeError: If a loss or a gradient stops being finite, or the disk is full.
+        KeyboardInterrupt: After Ctrl-C, when the step is finished and a checkpoint is written.
+        SystemExit: After SIGTERM, likewise.
     """
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    if not parameters:
+    engine = engine or EngineConfig()
+    by_turn = _groups_by_turn(objective, groups, name)
+    accelerator = accelerator or make_accelerator(engine, None if run is None else run.path)
+    check_accelerator(accelerator, engine)
+    if engine.gradient_checkpointing:
+        checkpoint_gradients(objective)
+    shown = progress and accelerator.is_main_process
+    if shown:
+        print(format_budget(memory_budget(objective, by_turn, config), title=name))
+    steps = Steps(
+        objective,
+        by_turn,
+        config,
+        accumulation=engine.accumulation,
+        accelerator=accelerator,
+        name=name,
+        seed=seed,
+    )
+    journey = _Journey(steps, engine, run, by_turn)
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    try:
+        first = journey.resume()
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=devices))
+            stack.enter_context(tracking(accelerator, engine, name, journey.settings))
+            stop = stack.enter_context(StopRequest())
+            bar = stack.enter_context(LiveBar(name, config.steps, first=first, shown=shown))
+            stack.enter_context(journey.explained())
+            journey.go(stream, stop, bar, on_checkpoint, validate)
+    finally:
+        accelerator.free_memory()
+    return journey.history
+
+
+class _Journey:
+    """The way of a run through its steps: where it is, what it logs and what it leaves on the disk."""
+
+    def __init__(self, steps: Steps, engine: EngineConfig, run: RunFolder | None, groups: Mapping[str, Groups]) -> None:
+        self.steps, self.engine, self.name = steps, engine, steps.name
+        self.accelerator = steps.accelerator
+        self.main = self.accelerator.is_main_process
+        self.run = run if self.main else None
+        self.settings = settings(
+            dataclasses.asdict(steps.config),
+            seed=steps.seed,
+            samples_per_step=steps.config.batch_size * engine.accumulation * self.accelerator.num_processes,
+            precision=self.accelerator.mixed_precision,
+            groups={key: {k: v for k, v in group.items() if k != "params"} for key, group in named_groups(groups)},
+            run=None if self.run is None else self.run.config,
+        )
+        folder = None
+        if self.run is not None and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            folder = self.run.path / "checkpoints" / re.sub(r"\W+", "-", self.name)
+        [folder] = broadcast_object_list([folder])  # all take part in writing a checkpoint
+        self.store = None if folder is None else Checkpoints(folder, keep=engine.keep)
+        self.usable: Path | None = None
+        self.finished = 0
+        self.history: list[float] = []
+
+    def resume(self) -> int:
+        """Take over the checkpoint that the settings ask for, if any; returns the number of finished steps."""
+        found: list[Any] = [None, None]  # what the main process finds, all go by
+        if self.main:
+            try:
+                found[0] = self._checkpoint_to_resume()
+            except ValueError as error:
+                found[1] = str(error)
+        self.usable, error = broadcast_object_list(found)
+        if error is not None:
+            raise ValueError(error)
+        if self.usable is not None:
+            state = read(self.usable)
+            self.steps.state.restore(state)
+            self.finished, self.history = state["step"], state["history"]
+            self.accelerator.print(f"{self.name}: {self.finished} steps are done, going on from {self.usable}")
+        if self.run is not None:
+            self.run.rewind(self.name, self.finished)
+        return self.finished
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        if self.engine.resume not in (None, "auto"):
+            path: Path | None = Path(self.engine.resume)
+        elif self.store is None:
+            return None
+        elif self.engine.resume is None and self.store.paths():
+            raise ValueError(
+                f"fit: {self.name!r}: expected a run folder without checkpoints, got some in {self.store.folder}; go "
+                "on from them with resume='auto' (--engine.resume auto), delete them, or choose another folder"
+            )
+        else:
+            path, problems = self.store.latest()
+            for problem in problems:
+                print(f"{self.name}: passing over a {problem}")
+        if path is not None:
+            differences = changed(self.settings, verify(path)["about"])
+            if differences and not self.engine.allow_changes:
+                raise ValueError(
+                    f"fit: {self.name!r}: expected the settings of the run that wrote {path}, got others: "
+                    f"{'; '.join(differences[:5])}; change them back, start in another folder, or go on nevertheless "
+                    "with allow_changes=True (--engine.allow-changes)"
+                )
+            for difference in differences:
+                print(f"{self.name}: going on although {difference}")
+        return path
+
+    def go(
+        self,
+        stream: Stream,
+        stop: StopRequest,
+        bar: LiveBar,
+        on_checkpoint: Callable[[int], None] | None,
+        validate: Validate | None,
+    ) -> None:
+        """Take the steps that are left."""
+        config, first = self.steps.config, self.finished
+        batches = stream.batches(
+            first * self.engine.accumulation,
+            batch_size=config.batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        started = time.perf_counter()
+        for step in range(first, config.steps):
+            values, stopping = self.steps.take(step, batches, stopping=stop.received is not None)
+            self.finished = step + 1
+            self.history.append(values["loss"])
+            seconds = time.perf_counter() - started
+            rate = learning_rate(config, step)
+            self._log(step, lr=rate, seconds=round(seconds, 2), **values)
+            bar.step(values, rate=rate, speed=(self.finished - first) / seconds)
+            due = bool(config.checkpoint_every) and self.finished % config.checkpoint_every == 0
+            last = bool(config.checkpoint_every) and self.finished == config.steps
+            if self.store is not None and (due or last or stopping):
+                self._write_checkpoint()
+            if stopping:
+                self._stop(stop)
+            if due and on_checkpoint:
+                with self._averaged():
+                    on_checkpoint(self.finished)
+            if validate and self.engine.validate_every and self.finished % self.engine.validate_every == 0:
+                with self._averaged():
+                    found = validate(self.finished)
+                self._log(step, **{f"validation/{key}": value for key, value in found.items()})
+        if self.steps.average is not None:
+            self.steps.average.store()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.steps.average is None else self.steps.average.applied()
+
+    def _log(self, step: int, **values: float) -> None:
+        if self.run is not None:
+            self.run.log(stage=self.name, step=step, **values)
+        if self.engine.trackers:
+            self.accelerator.log({f"{self.name}/{key}": value for key, value in values.items()}, step=step)
+
+    def _write_checkpoint(self) -> None:
+        state = self.steps.state.collect(keep=self.main)
+        if self.run is not None and self.store is not None:
+            self.run.sync()
+            self.usable = self.store.write(
+                self.finished, {"step": self.finished, "history": self.history, **state}, about=self.settings
+            )
+
+    def _stop(self, stop: StopRequest) -> None:
+        self.accelerator.print(f"{self.name}: stopped after step {self.finished}; {self._how_to_go_on()}")
+        if stop.received == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    def _how_to_go_on(self) -> str:
+        if self.usable is None:
+            return "no checkpoint was written (checkpoint_every and a run folder make some)"
+        return f"the last usable checkpoint is {self.usable}; go on with resume='auto' (--engine.resume auto)"
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Adds to an error that ends a run what is left of it."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise RuntimeError(f"{error}; {self._how_to_go_on()}") from None
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise RuntimeError(
+                f"fit: the disk is full after step {self.finished} of {self.name!r} ({error}); free some space; "
+                f"{self._how_to_go_on()}"
+            ) from error
+
+
+def _groups_by_turn(objective: nn.Module, groups: Groups | Mapping[str, Groups] | None, name: str) -> dict[str, Groups]:
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    if not trained:
         raise ValueError(
             f"fit: expected a trainable parameter in the objective of {name!r}, got none; call "
             "requires_grad_(True) on the part to train"
         )
-    accelerator = accelerator or Accelerator()
-    groups = groups or [{"params": parameters}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    # Made only now, so that the averages lie on the device that the parameters were moved to.
-    average = AveragedWeights(objective, decay=config.ema_decay) if config.ema_decay else None
-    history: list[float] = []
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    batches = stream.batches(0, batch_size=config.batch_size, rank=rank, world_size=world_size)
-    started = time.perf_counter()
-    with _progress_bar(name, config.steps, shown=progress and accelerator.is_local_main_process) as report:
-        for step in range(config.steps):
-            rate = learning_rate(config, step)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = rate * peak / config.lr
-            torch.manual_seed(seed * 1_000_003 + step * world_size + rank)
-            batch = next(batches)
-            losses = model(*(v.to(accelerator.device) if isinstance(v, Tensor) else v for v in batch))
-            accelerator.backward(losses["loss"])
-            accelerator.clip_grad_norm_(parameters, config.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if average is not None:
-                average.update()
-            values = {key: value.item() for key, value in losses.items()}
-            if not math.isfinite(values["loss"]):
-                raise RuntimeError(
-                    f"fit: the loss of {name!r} is {values['loss']} at step {step}; lower lr={config.lr}"
-                )
-            history.append(values["loss"])
-            elapsed = time.perf_counter() - started
-            report(values["loss"], rate, (step + 1) / elapsed)
-            if run is not None and accelerator.is_main_process:
-                run.log(stage=name, step=step, lr=rate, seconds=round(elapsed, 2), **values)
-            if on_checkpoint and config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
-                with average.applied() if average is not None else nullcontext():
-                    on_checkpoint(step + 1)
-    if average is not None:
-        average.store()
-    return history
-
-
-@contextmanager
-def _progress_bar(name: str, steps: int, *, shown: bool) -> Iterator[Callable[[float, float, float], None]]:
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  lr {task.fields[rate]:.1e}  {task.fields[speed]:.2f} it/s"),
-        TimeRemainingColumn(),
-    )
-    bar: AbstractContextManager[Any] = Progress(*columns) if shown else nullcontext()
-    with bar:
-        task = bar.add_task(name, total=steps, loss=0.0, rate=0.0, speed=0.0) if shown else None
-        smooth: list[float] = []
-
-        def report(loss: float, rate: float, speed: float) -> None:
-            smooth.append(loss if not smooth else 0.95 * smooth[-1] + 0.05 * loss)
-            if shown:
-                bar.update(task, advance=1, loss=smooth[-1], rate=rate, speed=speed)
-
-        yield report
+    turns = tuple(getattr(objective, "turns", ()))
+    if turns and not (isinstance(groups, Mapping) and set(groups) == set(turns)):
+        got = sorted(groups) if isinstance(groups, Mapping) else type(groups).__name__
+        raise ValueError(
+            f"fit: groups: expected a dictionary from the turns {turns} of {name!r} to parameter groups, got {got}"
+        )
+    if not turns and isinstance(groups, Mapping):
+        raise ValueError(
+            f"fit: groups: expected a list of parameter groups, as {name!r} has no turns, got a dictionary of "
+            f"{sorted(groups)}"
+        )
+    by_turn = {turn: groups[turn] for turn in turns} if turns else {"": groups or [{"params": trained}]}
+    by_turn = {turn: [{**g, "params": list(g["params"])} for g in own] for turn, own in by_turn.items()}
+    grouped = {parameter for _, group in named_groups(by_turn) for parameter in group["params"]}
+    forgotten = [key for key, p in objective.named_parameters() if p.requires_grad and p not in grouped]
+    if forgotten:
+        raise ValueError(
+            f"fit: groups: expected every trainable parameter of {name!r} in one, got {len(forgotten)} in none, the "
+            f"first of them {forgotten[0]!r}; add a group, or call requires_grad_(False) on them"
+        )
+    return by_turn
