@@ -9,10 +9,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": ("demo", "train temporal layers on a small image model and look at the result"),
     "inspect": ("inspect_model", "show what would be injected where, without loading weights"),
-    "train image": (
-        "stages.image",
-        "train the image model on single frames: autoencoder, then UNet",
-    ),
+    "results": ("evidence.command", "measure what each stage is for, with small models and several seeds"),
+    "train image": ("stages.image", "train the image model on single frames: autoencoder, then UNet"),
     "train video": ("stages.video", "train temporal layers with the image model frozen"),
 }
 
@@ -20,7 +18,7 @@ COMMANDS = {
 def usage() -> str:
     """The help text."""
     lines = ["usage: temporal-layers COMMAND [OPTIONS]", ""]
-    lines += [f"  {name:<12}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    lines += [f"  {name:<17}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join([*lines, "", "temporal-layers COMMAND --help lists the options of a command."])
 
 
