@@ -39,6 +39,7 @@ class Window:
 
     Attributes:
         num_frames: How many; None for all from the start on.
+        least: How many are enough where the video has no more; ``num_frames``, or one, if None.
         size: Height and width. Frames are scaled until they just cover it, then cut.
         fps: Rate; at most the video's own, which None keeps.
         stride: Or: every ``stride``-th frame.
@@ -48,6 +49,7 @@ class Window:
     """
 
     num_frames: int | None
+    least: int | None = None
     size: tuple[int, int]
     fps: float | None = None
     stride: int = 1
@@ -72,10 +74,15 @@ class Window:
                 f"share={self.share}, crop={self.crop}"
             )
 
+    @property
+    def needed(self) -> int:
+        """The least number of frames."""
+        return self.least or self.num_frames or 1
+
     def seconds(self, native: float) -> float:
         """How much of a video of a ``native`` rate the window takes, from the first frame to the end of the last."""
         rate = native / self.stride if self.fps is None else self.fps
-        return ((self.num_frames or 1) - 1) / rate + 1 / native
+        return (self.needed - 1) / rate + 1 / native
 
     def begin(self, info: VideoInfo) -> float:
         """Second at which the window begins in a video."""
@@ -120,7 +127,7 @@ def cut(shape: tuple[int, int], window: Window) -> tuple[slice, slice]:
 
 def _too_few(file: Reference, window: Window, rate: float, got: int) -> ValueError:
     return ValueError(
-        f"decode: {file.name}: expected at least {window.num_frames or 1} frames at {rate:.6g} fps, got {got}; ask "
+        f"decode: {file.name}: expected at least {window.needed} frames at {rate:.6g} fps, got {got}; ask "
         "for fewer frames or a higher rate"
     )
 
@@ -152,10 +159,10 @@ class PyAvDecoder:
             rate = check_rate(f"decode: {file.name}", video.info.fps, window.fps, window.stride)
             begin = window.begin(video.info)
             frames = self._read(video, window, begin)
-            if window.share and len(frames) < (window.num_frames or 1):
+            if window.share and len(frames) < window.needed:
                 # The file promised to be longer than it is; the room it really leaves is unknown, its beginning is not.
                 frames = self._read(video, window, 0.0)
-        if len(frames) < (window.num_frames or 1):
+        if len(frames) < window.needed:
             raise _too_few(file, window, rate, len(frames))
         # One copy on the way out: from frames with interleaved colours to planes of colour.
         return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).contiguous(), rate
@@ -231,7 +238,7 @@ class TorchCodecDecoder:
             info = VideoInfo(*window.size, native, video.metadata.duration_seconds)
             begin = window.begin(info)
             count = self._count(window, begin, info)
-            if count < (window.num_frames or 1):
+            if count < window.needed:
                 raise _too_few(file, window, rate, count)
             frames = self._frames(video, window, begin, count)
         return _scale(frames, window), rate
