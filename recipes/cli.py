@@ -7,10 +7,15 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "data cache": ("data.cache_command", "encode clips and captions once, for training from disk"),
+    "data check": ("data.check", "look at every video of a data set; say which cannot be read, and why"),
     "demo": ("demo", "train temporal layers on a small image model and look at the result"),
     "inspect": ("inspect_model", "show what would be injected where, without loading weights"),
     "results": ("evidence.command", "measure what each stage is for, with small models and several seeds"),
+    "train dreambooth": ("stages.dreambooth", "teach the image model a subject; temporal layers stay as they are"),
     "train image": ("stages.image", "train the image model on single frames: autoencoder, then UNet"),
+    "train interpolate": ("stages.interpolate", "train temporal layers that make frames between frames"),
+    "train predict": ("stages.predict", "train temporal layers that continue a clip"),
     "train video": ("stages.video", "train temporal layers with the image model frozen"),
 }
 

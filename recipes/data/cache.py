@@ -198,6 +198,10 @@ class CachedClips(Sequence[CachedClip]):
     def __getitem__(self, index):
         return self._clips[index]
 
+    def num_frames(self, index: int) -> int:
+        """Length of a clip."""
+        return self._clips[index].num_frames
+
     def _file(self, name: str) -> Any:
         if name not in self._open:
             self._open[name] = safe_open(self.folder / name, framework="pt")

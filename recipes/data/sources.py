@@ -44,7 +44,7 @@ class DataConfig:
         driving_seed: Of the generated corpus.
     """
 
-    path: str
+    path: str = "driving"
     kind: Literal["auto", "folder", "csv", "shards", "driving"] = "auto"
     root: Path | None = None
     caption: str = "a video"
