@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": ("demo", "train temporal layers on a small image model and look at the result"),
     "inspect": ("inspect_model", "show what would be injected where, without loading weights"),
     "results": ("evidence.command", "measure what each stage is for, with small models and several seeds"),
+    "train decoder": ("stages.decoder", "train a video decoder: temporal layers in the autoencoder's decoder"),
     "train dreambooth": ("stages.dreambooth", "teach the image model a subject; temporal layers stay as they are"),
     "train image": ("stages.image", "train the image model on single frames: autoencoder, then UNet"),
     "train interpolate": ("stages.interpolate", "train temporal layers that make frames between frames"),
