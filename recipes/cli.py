@@ -17,6 +17,7 @@ COMMANDS = {
     "train image": ("stages.image", "train the image model on single frames: autoencoder, then UNet"),
     "train interpolate": ("stages.interpolate", "train temporal layers that make frames between frames"),
     "train predict": ("stages.predict", "train temporal layers that continue a clip"),
+    "train upscale": ("stages.upscale", "train temporal layers in an upscaler of frames"),
     "train video": ("stages.video", "train temporal layers with the image model frozen"),
 }
 

@@ -1,0 +1,168 @@
+"""Upscaling of clips: whole frames at once, windows of frames one beside the other, with temporal layers or without."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from temporal_layers import fold_frames, unfold_frames
+from temporal_layers.recipes.bases import Conditioning
+from temporal_layers.recipes.training.streams import generator_at
+from temporal_layers.recipes.upscaler import Upscaler
+
+
+@torch.no_grad()
+def upscale_clips(
+    upscaler: Upscaler,
+    low_res: Float[Tensor, "clips 3 frames h w"],
+    conditioning: Conditioning | None = None,
+    *,
+    frame_by_frame: bool = False,
+    noise_level: int = 20,
+    num_inference_steps: int = 10,
+    guidance_scale: float = 1.0,
+    eta: float = 0.0,
+    window: int = 8,
+    overlap: int = 0,
+    seed: int = 0,
+    batch_size: int = 2,
+) -> Float[Tensor, "clips 3 frames height width"]:
+    """Make clips larger, whole frames at a time whatever the patches were that the UNet was trained on.
+
+    Args:
+        upscaler: With temporal layers unless ``frame_by_frame``.
+        low_res: In [0, 1].
+        conditioning: One row a clip, of ``upscaler.conditioning``; what says nothing if None.
+        frame_by_frame: Leave the temporal layers out; the noise is the same.
+        noise_level: Of the noise added to the low-resolution clips: more makes up for worse ones, and invents more.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Weight of classifier-free guidance; 1 turns it off and halves the cost.
+        eta: Fresh noise in each step, from 0 (none: DDIM) to below 1.
+        window: Frames that the UNet sees at a time: those of its training.
+        overlap: Frames that a window shares with the one before. There the predictions of both are averaged in every
+            step, which takes the seams away and costs ``window / (window - overlap)`` times as much. If the windows
+            do not come out even, the last one is moved back, and shares more.
+        seed: Of the noise, which depends on it and on the clip's place alone.
+        batch_size: Clips at a time, which bounds the memory.
+
+    Returns:
+        Frames in [0, 1], ``upscaler.factor`` times as high and wide.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    _check(upscaler, low_res, noise_level, eta, window, overlap)
+    conditioning = upscaler.conditioning([""] * len(low_res)) if conditioning is None else conditioning
+    parts = []
+    for first in range(0, len(low_res), batch_size):
+        rows = range(first, min(first + batch_size, len(low_res)))
+        some = {name: value[rows.start : rows.stop].to(upscaler.device) for name, value in conditioning.items()}
+        sampler = _Sampler(upscaler, some, frame_by_frame, guidance_scale, windows(low_res.shape[2], window, overlap))
+        generators = [generator_at(seed, row, "upscaling") for row in rows]
+        given, levels = _given(upscaler, low_res[rows.start : rows.stop], noise_level, generators)
+        result = sampler(given, levels, num_inference_steps, eta, generators)
+        frames = upscaler.decode(fold_frames(result)).cpu()
+        parts.append(unfold_frames(frames, low_res.shape[2]))
+    return torch.cat(parts)
+
+
+def windows(num_frames: int, window: int, overlap: int = 0) -> list[range]:
+    """Windows over the frames of a clip, each ``overlap`` frames into the one before; the last one ends with the clip.
+
+    Args:
+        num_frames: Frames of the clip.
+        window: Frames of a window; a shorter clip is one window.
+        overlap: Below ``window``.
+    """
+    if num_frames <= window:
+        return [range(num_frames)]
+    starts = [*range(0, num_frames - window, window - overlap), num_frames - window]
+    return [range(start, start + window) for start in starts]
+
+
+def _check(upscaler: Upscaler, low_res: Tensor, noise_level: int, eta: float, window: int, overlap: int) -> None:
+    if low_res.ndim != 5 or low_res.shape[1] != 3 or 0 in low_res.shape:
+        raise ValueError(
+            f"upscale_clips: low_res: expected (clips, 3, frames, height, width), got {tuple(low_res.shape)}; "
+            "add a batch axis to a single clip by low_res[None]"
+        )
+    last = upscaler.low_res_scheduler.config.num_train_timesteps - 1
+    if not 0 <= noise_level <= last:
+        raise ValueError(f"upscale_clips: noise_level: expected 0 to {last}, got {noise_level}")
+    if not 0 <= eta < 1:  # at 1, rounding takes a step from a signal of zero to the root of a negative number
+        raise ValueError(f"upscale_clips: eta: expected a value from 0 to below 1, got {eta}; use 0.99 in place of 1")
+    if not 0 <= overlap < window:
+        raise ValueError(
+            f"upscale_clips: overlap: expected 0 to below window={window}, got {overlap}; windows have to move on"
+        )
+
+
+def _given(
+    upscaler: Upscaler, low_res: Tensor, noise_level: int, generators: list[torch.Generator]
+) -> tuple[Float[Tensor, "b 3 f h w"], Int[Tensor, " b"]]:
+    num_frames = low_res.shape[2]
+    enlarged = unfold_frames(upscaler.enlarged(fold_frames(2 * low_res.float() - 1)), num_frames)
+    noise = torch.stack([torch.randn(enlarged.shape[1:], generator=generator) for generator in generators])
+    levels = torch.full((len(low_res),), noise_level, device=upscaler.device)
+    return upscaler.augmented(enlarged.to(upscaler.device), noise.to(upscaler.device), levels), levels
+
+
+class _Sampler:
+    """The denoising loop of a few clips."""
+
+    def __init__(
+        self,
+        upscaler: Upscaler,
+        conditioning: Conditioning,
+        frame_by_frame: bool,
+        guidance_scale: float,
+        windows: list[range],
+    ) -> None:
+        self.upscaler, self.frame_by_frame = upscaler, frame_by_frame
+        self.guidance_scale, self.windows = guidance_scale, windows
+        self.guided = guidance_scale != 1 and bool(conditioning)
+        if self.guided:
+            count = len(next(iter(conditioning.values())))
+            free = upscaler.conditioning([""] * count)
+            conditioning = {name: torch.cat([free[name].to(value), value]) for name, value in conditioning.items()}
+        self.conditioning = conditioning
+
+    def __call__(
+        self, given: Tensor, levels: Tensor, steps: int, eta: float, generators: list[torch.Generator]
+    ) -> Float[Tensor, "b c f h w"]:
+        def drawn() -> Tensor:
+            shape = (self.upscaler.channels, *given.shape[2:])
+            return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(given)
+
+        scheduler = type(self.upscaler.scheduler).from_config(self.upscaler.scheduler.config)
+        scheduler.set_timesteps(steps)
+        result = drawn() * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            output = self._averaged(result, timestep, given, levels)
+            fresh = drawn() if eta else None
+            result = scheduler.step(output, timestep, result, eta=eta, variance_noise=fresh).prev_sample
+        return result
+
+    def _averaged(self, noisy: Tensor, timestep: Tensor, given: Tensor, levels: Tensor) -> Tensor:
+        """The prediction for all frames: where windows overlap, the mean of theirs."""
+        if len(self.windows) == 1:
+            return self._predicted(noisy, timestep, given, levels)
+        total, count = torch.zeros_like(noisy), noisy.new_zeros(noisy.shape[2], 1, 1)
+        for window in self.windows:
+            frames = slice(window.start, window.stop)
+            total[:, :, frames] += self._predicted(noisy[:, :, frames], timestep, given[:, :, frames], levels)
+            count[frames] += 1
+        return total / count
+
+    def _predicted(self, noisy: Tensor, timestep: Tensor, given: Tensor, levels: Tensor) -> Tensor:
+        if self.guided:
+            noisy, given, levels = (torch.cat([value, value]) for value in (noisy, given, levels))
+        dtype = next(self.upscaler.unet.parameters()).dtype
+        output = self.upscaler.predict(
+            noisy.to(dtype), timestep, given.to(dtype), levels, self.conditioning, frame_by_frame=self.frame_by_frame
+        ).to(noisy.dtype)
+        if not self.guided:
+            return output
+        free, told = output.chunk(2)
+        return free + self.guidance_scale * (told - free)
