@@ -168,6 +168,10 @@ class PipelineBase:
     @torch.no_grad()
     def conditioning(self, labels: Sequence[int], captions: Sequence[str]) -> Conditioning:
         """Text embeddings of the captions; nothing for an unconditional model."""
+        return self.text(captions)
+
+    def text(self, captions: Sequence[str]) -> Conditioning:
+        """As `conditioning`, with the gradients of the text encoders, for tuning them."""
         if isinstance(self.unet, UNet2DModel):
             return {}
         embeddings, _, *pooled = self.pipeline.encode_prompt(

@@ -55,6 +55,16 @@ class LabelConditioner(ModelMixin, ConfigMixin):
             )
         return self.tokens(labels).unflatten(1, (self.config.num_tokens, self.config.dim))
 
+    @torch.no_grad()
+    def add_label(self, like: int) -> int:
+        """Make room for one label more, a copy of ``like``, in front of the null label, which moves up by one."""
+        new, rows = self.null_label, self.tokens.weight
+        self.tokens = nn.Embedding.from_pretrained(
+            torch.cat([rows[:new], rows[like][None], rows[new:]]), freeze=not rows.requires_grad
+        )
+        self.register_to_config(num_labels=new + 1)
+        return new
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLDMConfig:
@@ -181,6 +191,28 @@ class ImageLDM:
             )
         parts = (latents / self.vae.config.scaling_factor).split(batch_size)
         return torch.cat([(self.vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in parts])
+
+    def add_label(self, name: str, *, like: str) -> int:
+        """Add a class that starts out as a copy of another; images of all others stay what they were.
+
+        Args:
+            name: Of the new class.
+            like: Name of the class whose tokens it starts with.
+
+        Returns:
+            Its label.
+
+        Raises:
+            ValueError: If there is a class of that name already, or none of the name ``like``.
+        """
+        if name in self.labels or like not in self.labels:
+            raise ValueError(
+                f"ImageLDM.add_label: expected a new name and, for like, one of {', '.join(map(repr, self.labels))}, "
+                f"got {name!r} and like={like!r}"
+            )
+        label = self.conditioner.add_label(self.labels.index(like))
+        self.labels = (*self.labels, name)
+        return label
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write diffusers' folder layout with half-precision safetensors (each part loads by itself, too)."""
