@@ -36,10 +36,10 @@ from temporal_layers.recipes.metrics import clip_frechet, frame_difference, moti
 from temporal_layers.recipes.report import write_report
 from temporal_layers.recipes.sampling import sample_clips
 from temporal_layers.recipes.sheets import contact_sheet, side_by_side
+from temporal_layers.recipes.stages.clips import DRIVING_FPS, TensorClips
 from temporal_layers.recipes.stages.image import HELD_OUT, finetune_frames
 from temporal_layers.recipes.stages.video import (
     DEFAULT_OPTIM,
-    DRIVING_FPS,
     alphas,
     encode_clips,
     load_shipped_adapter,
@@ -288,8 +288,7 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult:
     clock("before", f"{config.samples} clips sampled frame by frame")
     adapter, losses = train_video(
         base,
-        latents,
-        footage.train_conditioning,
+        TensorClips(latents, footage.train_conditioning),
         config.optim,
         num_frames=config.num_frames,
         seed=config.seed,

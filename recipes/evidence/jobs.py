@@ -17,6 +17,7 @@ from temporal_layers.recipes.evidence.corpus import Corpus
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm, load_shipped
 from temporal_layers.recipes.metrics import clip_frechet, frame_difference, motion_agreement
 from temporal_layers.recipes.sampling import sample_clips
+from temporal_layers.recipes.stages.clips import TensorClips
 from temporal_layers.recipes.stages.video import train_video
 from temporal_layers.recipes.training.engine import OptimConfig
 
@@ -99,8 +100,7 @@ def video(corpus: Corpus, scale: Scale, seed: int, temporal: TemporalConfig | No
     base = LabelBase(load_shipped())
     train_video(
         base,
-        corpus.latents,
-        {"labels": corpus.labels},
+        TensorClips(corpus.latents, {"labels": corpus.labels}),
         scale.optim(),
         num_frames=scale.num_frames,
         temporal=temporal,
@@ -118,8 +118,7 @@ def end_to_end(corpus: Corpus, scale: Scale, seed: int) -> Numbers:
     base = LabelBase(shipped)
     train_video(
         base,
-        corpus.latents,
-        {"labels": corpus.labels},
+        TensorClips(corpus.latents, {"labels": corpus.labels}),
         scale.optim(lr=2e-3),
         num_frames=scale.num_frames,
         train="all",

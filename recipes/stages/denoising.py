@@ -11,7 +11,8 @@ from torch import Tensor
 
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.recipes.bases import Conditioning
-from temporal_layers.recipes.training.streams import Shuffled, generator_at
+from temporal_layers.recipes.stages.clips import Clips
+from temporal_layers.recipes.training.streams import Batch, Shuffled, generator_at
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow")
 
@@ -92,15 +93,14 @@ def clip_noise(
 
 
 class ClipSamples:
-    """Draws training samples from clips in memory: a window, noise, a timestep, conditioning or, at times, none.
+    """Draws training samples from clips: a window, noise, a timestep, conditioning or, at times, none.
 
     A sample is ``(window, noise, timestep, *conditioning)`` and, with ``image_share``, ``(window, noise, timesteps,
     image_only, *conditioning)`` with one timestep a frame. The window is ``(channels, num_frames, height, width)``.
 
     Args:
-        latents: ``(clips, channels, frames, height, width)`` with at least ``num_frames`` frames.
-        conditioning: One row a clip.
-        dropped: One row that says nothing.
+        clips: Of at least ``num_frames`` frames each; None if windows come from elsewhere (`complete_batch`).
+        dropped: One row of conditioning that says nothing; its names are those of the conditioning, in order.
         num_frames: Frames of a window.
         num_timesteps: Timesteps of the noise schedule, drawn uniformly.
         drop: Share of clips whose conditioning is dropped, for classifier-free guidance.
@@ -112,8 +112,7 @@ class ClipSamples:
 
     def __init__(
         self,
-        latents: Float[Tensor, "clips channels frames height width"],
-        conditioning: Conditioning,
+        clips: Clips | None,
         dropped: Conditioning,
         *,
         num_frames: int,
@@ -123,32 +122,47 @@ class ClipSamples:
         image_share: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.latents, self.conditioning, self.dropped = latents, conditioning, dropped
-        self.num_frames, self.num_timesteps = num_frames, num_timesteps
+        self.clips, self.dropped, self.num_frames, self.num_timesteps = clips, dropped, num_frames, num_timesteps
         self.drop, self.correlation, self.image_share, self.seed = drop, correlation, image_share, seed
-        self.order = Shuffled(len(latents), seed)
+        self.order = None if clips is None else Shuffled(len(clips), seed)
 
     def __call__(self, position: int) -> tuple[Tensor, ...]:
         """The sample at a position of the run."""
         row, generator = self.order[position], generator_at(self.seed, position)
-        window, timesteps, image_only = self._frames(row, generator)
-        noise = clip_noise(window.shape, correlation=self.correlation, generator=generator)
-        source = self.conditioning
-        if torch.rand((), generator=generator) < self.drop:
-            source, row = self.dropped, 0
-        marks = (image_only,) if self.image_share else ()
-        return (window, noise, timesteps, *marks, *(source[name][row] for name in self.conditioning))
-
-    def _frames(self, row: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        frames, count = self.latents.shape[2], self.num_frames
+        spare = self.clips.num_frames(row) - self.num_frames
         as_images = bool(torch.rand((), generator=generator) < self.image_share)
         if as_images:
-            chosen = torch.randperm(frames, generator=generator)[:count]
-            timesteps = torch.randint(self.num_timesteps, (count,), generator=generator)
+            chosen = torch.randperm(spare + self.num_frames, generator=generator)[: self.num_frames]
+            window = torch.cat([self.clips.latents(row, frame, frame + 1) for frame in chosen.tolist()], dim=1)
         else:
-            start = int(torch.randint(frames - count + 1, (), generator=generator))
-            chosen = torch.arange(start, start + count)
-            timesteps = torch.randint(self.num_timesteps, (), generator=generator)
-            if self.image_share:
-                timesteps = timesteps.expand(count)
-        return self.latents[row][:, chosen], timesteps, torch.full((count,), as_images)
+            start = int(torch.randint(spare + 1, (), generator=generator))
+            window = self.clips.latents(row, start, start + self.num_frames)
+        return self.complete(window.float(), self.clips.conditioning(row), generator, as_images=as_images)
+
+    def complete(
+        self, window: Tensor, conditioning: Conditioning, generator: torch.Generator, *, as_images: bool = False
+    ) -> tuple[Tensor, ...]:
+        """The sample of a window that has been drawn.
+
+        Args:
+            window: ``(channels, num_frames, height, width)``.
+            conditioning: One row.
+            generator: Of the position.
+            as_images: Whether its frames are images of their own.
+        """
+        noise = clip_noise(window.shape, correlation=self.correlation, generator=generator)
+        timesteps = torch.randint(self.num_timesteps, (window.shape[1],) if as_images else (), generator=generator)
+        marks: tuple[Tensor, ...] = ()
+        if self.image_share:
+            timesteps = timesteps.expand(window.shape[1])
+            marks = (torch.full((window.shape[1],), as_images),)
+        source = self.dropped if torch.rand((), generator=generator) < self.drop else conditioning
+        return (window, noise, timesteps, *marks, *(source[name][0] for name in self.dropped))
+
+    def complete_batch(self, latents: Tensor, conditioning: Conditioning, positions: Sequence[int]) -> Batch:
+        """The batch of windows that came from elsewhere, at some positions of the run."""
+        samples = []
+        for row, position in enumerate(positions):
+            given = {name: conditioning[name][row : row + 1].cpu() for name in self.dropped}
+            samples.append(self.complete(latents[row], given, generator_at(self.seed, position)))
+        return tuple(torch.stack(column) for column in zip(*samples, strict=True))

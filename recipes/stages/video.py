@@ -19,21 +19,27 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of, inject
-from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase
+from temporal_layers.recipes.bases import LabelBase, VideoBase
 from temporal_layers.recipes.driving import DrivingClip, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.image_ldm import load_shipped
+from temporal_layers.recipes.stages.clips import (
+    DRIVING_FPS,
+    Clips,
+    ClipsConfig,
+    check_clips,
+    open_base,
+    open_clips,
+    open_pixels,
+)
 from temporal_layers.recipes.stages.denoising import ClipSamples, noised
-from temporal_layers.recipes.training.configs import parse
-from temporal_layers.recipes.training.engine import OptimConfig, RunFolder, fit
-from temporal_layers.recipes.training.streams import SampleStream
-
-DRIVING_FPS = 10.0
-"""Rate of the driving clips in the video stages: a whole number of hundredths of a second a frame, as GIF needs."""
+from temporal_layers.recipes.stages.validation import ClipValidation, ValidationConfig
+from temporal_layers.recipes.training.configs import parse, read
+from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, fit, make_accelerator
+from temporal_layers.recipes.training.streams import SampleStream, Stream
 
 SHIPPED_ADAPTER = Path(__file__).parents[1] / "weights" / "driving_video"
 
@@ -44,27 +50,54 @@ DEFAULT_OPTIM = OptimConfig(steps=400, batch_size=2, lr=3e-3, warmup=0.1, weight
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
-    """Stage "video" on the generated corpus.
+    """Stage "video".
 
     Attributes:
         out: Folder of the run; ``adapter/`` in it is what ``TemporalAdapter.from_pretrained`` loads.
-        seed: Seed of the data, the initial weights, the batches and the noise.
-        num_clips: Clips to render and encode once.
+        seed: Seed of the initial weights, the batches and the noise.
+        clips: The image model and the videos.
+        temporal: File of a ``TemporalConfig`` (.yaml, .toml or .json) that says what to inject; the paper's layout if
+            None.
+        start_from: Folder of an adapter to go on from, in place of fresh layers.
+        train: ``temporal`` layers alone, as the paper does, or ``all`` parameters of the UNet, which is then saved too.
         num_frames: Frames of a training window.
-        spare_frames: Frames rendered beyond that, from which the window is drawn.
         optim: Training of the temporal layers.
+        engine: How the run is carried out.
         label_drop: Share of clips trained without conditioning, for classifier-free guidance.
-        fps: Frames per second of the clips.
+        noise_correlation: Correlation between the noise of a clip's frames; 0 as in the paper.
+        image_share: Share of samples that are single images to the UNet; needs ``train="all"``.
+        validation: What is sampled every ``engine.validate_every`` steps.
     """
 
     out: Path = Path("runs/video")
     seed: int = 0
-    num_clips: int = 256
+    clips: ClipsConfig = ClipsConfig()
+    temporal: Path | None = None
+    start_from: Path | None = None
+    train: Trained = "temporal"
     num_frames: int = 16
-    spare_frames: int = 8
     optim: OptimConfig = DEFAULT_OPTIM
+    engine: EngineConfig = EngineConfig()
     label_drop: float = 0.1
-    fps: float = DRIVING_FPS
+    noise_correlation: float = 0.0
+    image_share: float = 0.0
+    validation: ValidationConfig = ValidationConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("label_drop", "noise_correlation", "image_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"VideoConfig: {name}: expected a value from 0 to 1, got {getattr(self, name)}")
+        if self.num_frames < 1:
+            raise ValueError(f"VideoConfig: num_frames: expected at least 1, got {self.num_frames}")
+        if self.image_share and self.train == "temporal":
+            raise ValueError(
+                f"VideoConfig: image_share: expected 0 with train='temporal', got {self.image_share}; images bypass "
+                "the temporal layers and train nothing there: set train='all'"
+            )
+        if self.image_share and self.clips.latents == "streamed":
+            raise ValueError("VideoConfig: image_share: expected 0 with streamed clips; set clips.latents='cached'")
+        if self.temporal is not None and self.start_from is not None:
+            raise ValueError("VideoConfig: expected temporal or start_from, whose layers say what they are, got both")
 
 
 class VideoObjective(nn.Module):
@@ -100,8 +133,7 @@ class VideoObjective(nn.Module):
 
 def train_video(
     base: VideoBase,
-    latents: Float[Tensor, "clips channels frames height width"],
-    conditioning: Conditioning,
+    clips: Clips,
     config: OptimConfig = DEFAULT_OPTIM,
     *,
     num_frames: int,
@@ -118,8 +150,7 @@ def train_video(
 
     Args:
         base: The image model.
-        latents: Clips of at least ``num_frames`` frames.
-        conditioning: One row a clip.
+        clips: Latents and conditioning, in memory (`TensorClips`) or in a cache (`CachedClips`).
         config: Steps, learning rate and so on.
         num_frames: Frames of a training window.
         temporal: What to inject; the paper's layout if None.
@@ -137,23 +168,17 @@ def train_video(
         The adapter, image model included, and the loss of each step.
 
     Raises:
-        ValueError: If there are no clips, they are shorter than ``num_frames``, ``temporal`` is given for a UNet that
+        ValueError: If there are no clips, one is shorter than ``num_frames``, ``temporal`` is given for a UNet that
             has temporal layers, or images are to be trained on with the image model frozen.
     """
-    if latents.ndim != 5 or len(latents) == 0 or latents.shape[2] < num_frames:
-        raise ValueError(
-            f"train_video: latents: expected (clips, channels, frames, height, width) with at least one clip of at "
-            f"least num_frames={num_frames} frames, got {tuple(latents.shape)}"
-        )
+    check_clips("train_video", clips, num_frames)
     if image_share and train == "temporal":
         raise ValueError(
             f"train_video: image_share: expected 0 with train='temporal', got {image_share}; images bypass the "
             "temporal layers and train nothing there: set train='all'"
         )
-    adapter = trainable_adapter(base.unet, temporal, train, seed=seed)
     samples = ClipSamples(
-        latents,
-        conditioning,
+        clips,
         base.no_conditioning(1),
         num_frames=num_frames,
         num_timesteps=base.scheduler.config.num_train_timesteps,
@@ -162,19 +187,94 @@ def train_video(
         image_share=image_share,
         seed=seed,
     )
-    history = fit(
-        VideoObjective(base, list(conditioning), marks_images=image_share > 0),
-        SampleStream(samples),
-        config,
-        name="temporal layers",
+    adapter = trainable_adapter(base.unet, temporal, train, seed=seed)
+    objective = VideoObjective(base, list(samples.dropped), marks_images=image_share > 0)
+    return fit_adapter(
+        adapter, objective, SampleStream(samples), config, train=train, seed=seed, on_checkpoint=on_checkpoint, **engine
+    )
+
+
+def train_video_on_stream(
+    base: VideoBase,
+    clips: ClipsConfig,
+    config: OptimConfig,
+    *,
+    num_frames: int,
+    temporal: TemporalConfig | None = None,
+    train: Trained = "temporal",
+    label_drop: float = 0.1,
+    noise_correlation: float = 0.0,
+    seed: int = 0,
+    **engine: Any,
+) -> tuple[TemporalAdapter, list[float]]:
+    """`train_video` on videos that are decoded and encoded as they are needed.
+
+    Args:
+        base: The image model, on the device of the training.
+        clips: Which videos.
+        config: Steps, learning rate and so on.
+        num_frames: Frames of a training window.
+        temporal: As in `train_video`.
+        train: As in `train_video`.
+        label_drop: As in `train_video`.
+        noise_correlation: As in `train_video`.
+        seed: Seed of the initial weights, the windows and the batches.
+        **engine: As in `train_video`.
+    """
+    samples = ClipSamples(
+        None,
+        base.no_conditioning(1),
+        num_frames=num_frames,
+        num_timesteps=base.scheduler.config.num_train_timesteps,
+        drop=label_drop,
+        correlation=noise_correlation,
         seed=seed,
+    )
+    stream = open_pixels(base, clips, samples.complete_batch, num_frames=num_frames, seed=seed)
+    adapter = trainable_adapter(base.unet, temporal, train, seed=seed)
+    return fit_adapter(
+        adapter, VideoObjective(base, list(samples.dropped)), stream, config, train=train, seed=seed, **engine
+    )
+
+
+def fit_adapter(
+    adapter: TemporalAdapter,
+    objective: nn.Module,
+    stream: Stream,
+    config: OptimConfig,
+    *,
+    name: str = "temporal layers",
+    train: Trained = "temporal",
+    on_checkpoint: Callable[[TemporalAdapter, int], None] | None = None,
+    **engine: Any,
+) -> tuple[TemporalAdapter, list[float]]:
+    """`fit` with the parameter groups of an adapter; leaves its model in evaluation mode.
+
+    Args:
+        adapter: Of the model that is trained, from `trainable_adapter`.
+        objective: As in `fit`.
+        stream: As in `fit`.
+        config: Steps, learning rate and so on.
+        name: What to call the training.
+        train: What `trainable_adapter` was told.
+        on_checkpoint: Called with the adapter and the number of finished steps.
+        **engine: Further arguments of `fit`.
+
+    Returns:
+        The adapter and the loss of each step.
+    """
+    history = fit(
+        objective,
+        stream,
+        config,
+        name=name,
         groups=adapter.parameter_groups(
             lr=config.lr, spatial_lr=config.lr if train == "all" else None, weight_decay=config.weight_decay
         ),
         on_checkpoint=None if on_checkpoint is None else functools.partial(on_checkpoint, adapter),
         **engine,
     )
-    base.unet.eval()
+    adapter.model.eval()
     return adapter, history
 
 
@@ -210,6 +310,26 @@ def trainable_adapter(
     return adapter
 
 
+def save_trained(adapter: TemporalAdapter, out: Path, *, train: Trained) -> TemporalAdapter:
+    """Write ``adapter/`` and, if all was trained, the UNet without temporal layers to ``unet/``.
+
+    Args:
+        adapter: What was trained.
+        out: Folder of the run.
+        train: What `trainable_adapter` was told.
+
+    Returns:
+        The adapter.
+    """
+    adapter.save_pretrained(out / "adapter")
+    if train == "temporal":
+        return adapter
+    unet, layers = adapter.model, adapter.snapshot()
+    adapter.remove()
+    unet.save_pretrained(out / "unet")
+    return TemporalAdapter.from_pretrained(unet, layers)
+
+
 def encode_clips(
     base: VideoBase, clips: Float[Tensor, "clips 3 frames height width"]
 ) -> Float[Tensor, "clips channels frames height width"]:
@@ -235,38 +355,39 @@ def load_shipped_adapter(device: str = "cpu") -> tuple[LabelBase, int]:
 
 
 def alphas(adapter: TemporalAdapter) -> dict[str, float]:
-    """Mean alpha of every temporal layer by the name of its site."""
-    return {name: layer.blend.alpha.mean().item() for name, layer in adapter.layers.items()}
+    """Mean alpha of every temporal layer that has one, by the name of its site."""
+    blending = {name: layer.blend for name, layer in adapter.layers.items() if hasattr(layer, "blend")}
+    return {name: blend.alpha.mean().item() for name, blend in blending.items()}
 
 
 def run_video_stage(config: VideoConfig) -> TemporalAdapter:
-    """Run the whole stage on the shipped image LDM and write adapter, losses and configuration to ``config.out``."""
-    accelerator = Accelerator()
+    """Run the whole stage and write adapter, losses and configuration to ``config.out``."""
+    accelerator = make_accelerator(config.engine, config.out)
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
     started = time.perf_counter()
-    ldm = load_shipped()
-    base = LabelBase(ldm)
-    accelerator.print(f"rendering {config.num_clips} clips")
-    # Training clips of the image stage are fair game here, held-out ones are not.
-    length = config.num_frames + config.spare_frames
-    clips = driving_clips(base.frame_size, config.num_clips, length, fps=config.fps, seed=config.seed)
-    latents = encode_clips(base, torch.stack([clip.frames for clip in clips]))
-    conditioning = base.conditioning([clip.label for clip in clips], [clip.caption for clip in clips])
-    ldm.to(accelerator.device)
-    adapter, history = train_video(
-        base,
-        latents,
-        conditioning,
-        config.optim,
-        num_frames=config.num_frames,
-        label_drop=config.label_drop,
-        seed=config.seed,
-        accelerator=accelerator,
-        run=run,
-        on_checkpoint=lambda made, step: made.save_pretrained(config.out / f"adapter-{step}") if run else None,
-    )
+    base = open_base(config.clips.model).to(accelerator.device)
+    if config.start_from is not None:
+        TemporalAdapter.from_pretrained(base.unet, config.start_from)
+    options = {
+        "num_frames": config.num_frames,
+        "temporal": None if config.temporal is None else TemporalConfig.from_dict(read(config.temporal)),
+        "train": config.train,
+        "label_drop": config.label_drop,
+        "noise_correlation": config.noise_correlation,
+        "seed": config.seed,
+        "accelerator": accelerator,
+        "engine": config.engine,
+        "run": run,
+        "on_checkpoint": lambda made, step: made.save_pretrained(config.out / f"adapter-{step}") if run else None,
+        "validate": ClipValidation(base, config.validation, config.num_frames, run),
+    }
+    if config.clips.latents == "streamed":
+        adapter, history = train_video_on_stream(base, config.clips, config.optim, **options)
+    else:
+        clips = open_clips(base, config.clips, out=config.out, min_frames=config.num_frames, accelerator=accelerator)
+        adapter, history = train_video(base, clips, config.optim, image_share=config.image_share, **options)
     if run is not None:
-        adapter.save_pretrained(config.out / "adapter")
+        adapter = save_trained(adapter, config.out, train=config.train)
         run.write("alphas.json", alphas(adapter))
         tail = history[-max(1, len(history) // 10) :]
         run.write("result.json", {"seconds": time.perf_counter() - started, "loss": sum(tail) / len(tail)})

@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from temporal_layers.recipes.stages.clips import TensorClips
 from temporal_layers.recipes.stages.denoising import ClipSamples, clip_noise, kind_of_prediction, noised
-from temporal_layers.recipes.training.streams import SampleStream
+from temporal_layers.recipes.training.streams import SampleStream, generator_at
 
 
 @pytest.mark.parametrize("per_frame", [False, True])
@@ -63,12 +64,12 @@ def test_clip_noise_refuses_a_correlation_out_of_range():
 
 
 LATENTS = torch.randn(3, 4, 5, 6, 7, generator=torch.Generator().manual_seed(0))
-LABELS = torch.tensor([10, 11, 12])
+CLIPS = TensorClips(LATENTS, {"labels": torch.tensor([10, 11, 12])})
 
 
 def make_stream(**changes):
     options = {"num_frames": 3, "num_timesteps": 1000, "drop": 0.0, "seed": 0, **changes}
-    return SampleStream(ClipSamples(LATENTS, {"labels": LABELS}, {"labels": torch.tensor([99])}, **options))
+    return SampleStream(ClipSamples(CLIPS, {"labels": torch.tensor([99])}, **options))
 
 
 def batch(size=4, **changes):
@@ -105,3 +106,22 @@ def test_image_samples_are_marked_and_have_a_noise_level_for_each_frame():
     for clip, label in zip(clips[images], labels[images], strict=True):
         rows = [[torch.equal(clip[:, i], LATENTS[label - 10, :, f]) for f in range(5)].index(True) for i in range(3)]
         assert len(set(rows)) == 3
+
+
+def test_windows_from_elsewhere_are_completed_as_those_of_clips():
+    stream = make_stream(drop=0.5)
+    expected = next(stream.batches(3, batch_size=4))
+    windows = torch.randn(4, 4, 3, 6, 7)
+    conditioning = {"labels": torch.tensor([20, 21, 22, 23])}
+    found = stream.draw.complete_batch(windows, conditioning, [12, 13, 14, 15])
+    again = stream.draw.complete_batch(windows, conditioning, [12, 13, 14, 15])
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert torch.equal(found[0], windows) and [v.shape for v in found] == [v.shape for v in expected]
+    noise = torch.randn(4, 3, 6, 7, generator=generator_at(0, 13))
+    assert torch.equal(found[1][1], noise)
+    labels = [
+        label
+        for first in range(0, 80, 4)
+        for label in stream.draw.complete_batch(windows, conditioning, range(first, first + 4))[3].tolist()
+    ]
+    assert set(labels) == {99, 20, 21, 22, 23} and 20 < labels.count(99) < 60

@@ -1,13 +1,20 @@
 """Stage "video": objective, batches, training of the temporal layers alone, sampling."""
 
+import json
+import math
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from temporal_layers import fold_frames
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of
+from temporal_layers.recipes import cli
 from temporal_layers.recipes.bases import LabelBase
+from temporal_layers.recipes.driving import LABELS
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.sampling import sample_clips
+from temporal_layers.recipes.stages.clips import TensorClips
 from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.stages.video import (
     VideoObjective,
@@ -34,10 +41,16 @@ def make_latents(base, clips=3, frames=5):
     return torch.randn(clips, base.latent_shape[0], frames, *base.latent_shape[1:])
 
 
+def make_clips(base):
+    return TensorClips(make_latents(base), {"labels": torch.arange(3) % 2})
+
+
 def test_objective_gives_each_clip_one_noise_level_and_each_frame_its_own_noise(base):
     latents, noise = make_latents(base, clips=2, frames=3), make_latents(base, clips=2, frames=3)
     timesteps, labels = torch.tensor([100, 700]), torch.tensor([0, 1])
-    train_video(base, latents, {"labels": labels}, OptimConfig(steps=1, batch_size=1, lr=1e-9), num_frames=3)
+    train_video(
+        base, TensorClips(latents, {"labels": labels}), OptimConfig(steps=1, batch_size=1, lr=1e-9), num_frames=3
+    )
     loss = VideoObjective(base, ["labels"])(latents, noise, timesteps, labels)["loss"]
     total = 0.0
     with torch.no_grad():  # frame by frame: a fresh adapter is the image model
@@ -55,7 +68,9 @@ def test_training_overfits_one_clip_and_leaves_the_image_model_alone(base):
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
     config = OptimConfig(steps=80, batch_size=2, lr=1e-2, weight_decay=0.0)
     conditioning = {"labels": torch.tensor([0])}
-    adapter, history = train_video(base, latents, conditioning, config, num_frames=4, label_drop=0.0, progress=False)
+    adapter, history = train_video(
+        base, TensorClips(latents, conditioning), config, num_frames=4, label_drop=0.0, progress=False
+    )
     assert len(history) == 80
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(16, *latents.shape[1:], generator=generator)
@@ -74,7 +89,6 @@ def test_training_overfits_one_clip_and_leaves_the_image_model_alone(base):
 
 
 def test_checkpoints_hold_the_averaged_weights_of_their_step(base):
-    latents = make_latents(base)
     seen = {}
 
     def keep(adapter, step):
@@ -82,7 +96,7 @@ def test_checkpoints_hold_the_averaged_weights_of_their_step(base):
 
     config = OptimConfig(steps=4, batch_size=1, lr=1e-2, schedule="constant", ema_decay=0.9, checkpoint_every=2)
     options = {"num_frames": 3, "progress": False}
-    adapter, _ = train_video(base, latents, {"labels": torch.arange(3) % 2}, config, on_checkpoint=keep, **options)
+    adapter, _ = train_video(base, make_clips(base), config, on_checkpoint=keep, **options)
     assert list(seen) == [2, 4]
     final = adapter.state_dict()
     assert all(torch.equal(value, final[name]) for name, value in seen[4].items())
@@ -95,7 +109,7 @@ def test_training_repeats_with_its_seed():
         latents = torch.randn(2, 4, 4, 8, 12, generator=torch.Generator().manual_seed(5))
         config = OptimConfig(steps=3, batch_size=2, lr=1e-3)
         conditioning = {"labels": torch.zeros(2, dtype=torch.int64)}
-        return train_video(base, latents, conditioning, config, num_frames=3, seed=seed, progress=False)[1]
+        return train_video(base, TensorClips(latents, conditioning), config, num_frames=3, seed=seed, progress=False)[1]
 
     assert run(0) == run(0) != run(1)
 
@@ -111,7 +125,7 @@ def test_frame_by_frame_is_the_image_model_and_the_disabled_adapter(base, guidan
         single = sample_clips(base, base.conditioning([1], [""]), noise[1:, :, 2:], frame_by_frame=True, **options)
         torch.testing.assert_close(single[0, :, 0], images[1, :, 2], rtol=0, atol=1e-4)
     config = OptimConfig(steps=20, batch_size=2, lr=1e-2)
-    adapter, _ = train_video(base, noise, conditioning, config, num_frames=3, progress=False)
+    adapter, _ = train_video(base, TensorClips(noise, conditioning), config, num_frames=3, progress=False)
     with adapter.disabled():
         disabled = sample_clips(base, conditioning, noise, **options)
     torch.testing.assert_close(disabled, images, rtol=0, atol=1e-5)
@@ -157,7 +171,7 @@ def test_encode_clips_encodes_each_frame(base):
 def test_all_parameters_can_be_trained_and_images_keep_clear_of_the_temporal_layers(base):
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
     config = OptimConfig(steps=2, batch_size=2, lr=1e-3, weight_decay=0.0)
-    given = (make_latents(base), {"labels": torch.arange(3) % 2}, config)
+    given = (make_clips(base), config)
     adapter, history = train_video(base, *given, num_frames=3, train="all", image_share=1.0, progress=False)
     after = base.unet.state_dict()
     spatial = [name for name, _ in adapter.named_parameters("spatial")]
@@ -171,7 +185,7 @@ def test_all_parameters_can_be_trained_and_images_keep_clear_of_the_temporal_lay
 
 def test_training_goes_on_with_layers_that_are_there(base):
     config = OptimConfig(steps=1, batch_size=1, lr=1e-2)
-    given = (make_latents(base), {"labels": torch.arange(3) % 2}, config)
+    given = (make_clips(base), config)
     adapter, _ = train_video(base, *given, num_frames=3, progress=False)
     before = {name: value.clone() for name, value in adapter.state_dict().items()}
     again, _ = train_video(base, *given, num_frames=3, progress=False, seed=1)
@@ -184,15 +198,15 @@ def test_training_goes_on_with_layers_that_are_there(base):
 
 def test_images_are_refused_where_they_would_train_nothing(base):
     with pytest.raises(ValueError, match=r"image_share: expected 0 with train='temporal', got 0\.5"):
-        train_video(
-            base, make_latents(base), {}, OptimConfig(steps=1, batch_size=1, lr=1), num_frames=3, image_share=0.5
-        )
+        config = OptimConfig(steps=1, batch_size=1, lr=1.0)
+        train_video(base, make_clips(base), config, num_frames=3, image_share=0.5)
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 5, 8, 12), (2, 4, 2, 8, 12), (4, 5, 8, 12)])
-def test_training_refuses_clips_that_are_too_few_or_too_short(base, shape):
-    with pytest.raises(ValueError, match=r"train_video: latents: expected \(clips, .*num_frames=3 frames, got \("):
-        train_video(base, torch.zeros(shape), {}, OptimConfig(steps=1, batch_size=1, lr=1e-3), num_frames=3)
+@pytest.mark.parametrize(("count", "frames", "got"), [(0, 5, "no clip"), (2, 2, "one of 2")])
+def test_training_refuses_clips_that_are_too_few_or_too_short(base, count, frames, got):
+    clips = TensorClips(torch.zeros(count, 4, frames, 8, 12), {"labels": torch.zeros(count, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=rf"train_video: clips: expected at least one, .*3 frames, got {got};"):
+        train_video(base, clips, OptimConfig(steps=1, batch_size=1, lr=1e-3), num_frames=3)
     assert not hasattr(base.unet, "_temporal_state")
 
 
@@ -211,3 +225,69 @@ def test_shipped_adapter_predicts_held_out_clips_better_than_the_image_model():
             with adapter.disabled():
                 untrained = objective(*given)["loss"]
             assert trained < 0.8 * untrained, timestep
+
+
+def run_stage(tmp_path, *words):
+    assert cli.main(["train", "video", "--out", str(tmp_path / "run"), *words]) == 0
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def driver():
+    """A tiny model with the labels of the driving corpus."""
+    return LabelBase(build_image_ldm(TINY, LABELS, seed=0))
+
+
+def small_stage(tmp_path, driver):
+    driver.ldm.save_pretrained(tmp_path / "model")
+    return [
+        *("--clips.model", str(tmp_path / "model"), "--num-frames", "3"),
+        *("--optim.steps", "2", "--optim.batch-size", "1"),
+        *("--clips.data.clips", "2", "--clips.data.clip-frames", "4", "--clips.loader.workers", "0"),
+        *("--clips.data.driving.height", "32", "--clips.data.driving.width", "48"),
+    ]
+
+
+@pytest.mark.parametrize("latents", ["cached", "streamed"])
+def test_the_stage_leaves_an_adapter_that_loads(driver, tmp_path, latents):
+    run = run_stage(tmp_path, *small_stage(tmp_path, driver), "--clips.latents", latents)
+    adapter = TemporalAdapter.from_pretrained(driver.unet, run / "adapter")
+    assert len(json.loads((run / "alphas.json").read_text())) == len(adapter.sites)
+    records = [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1] and all(math.isfinite(r["loss"]) for r in records)
+    assert json.loads((run / "config.json").read_text())["clips"]["latents"] == latents
+    assert {"config.json", "versions.json", "result.json"} <= {path.name for path in run.iterdir()}
+    assert (run / "cache").exists() == (latents == "cached")
+
+
+def test_the_stage_trains_everything_goes_on_and_shows_clips(driver, tmp_path):
+    (tmp_path / "temporal.yaml").write_text("resblock: null\n")
+    words = [*small_stage(tmp_path, driver), "--train", "all", "--image-share", "0.5", "--optim.checkpoint-every", "1"]
+    words += ["--engine.validate-every", "2", "--validation.sampling-steps", "1"]
+    run = run_stage(tmp_path, *words, "--temporal", str(tmp_path / "temporal.yaml"))
+    assert sorted(path.name for path in (run / "validation").iterdir()) == [
+        "step-00000002-0.mp4", "step-00000002-1.mp4", "step-00000002.png",
+    ]  # fmt: skip
+    unet = UNet2DConditionModel.from_pretrained(run / "unet")
+    before = driver.unet.state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    adapter = TemporalAdapter.from_pretrained(unet, run / "adapter")
+    assert adapter.config.resblock is None
+    on = run_stage(tmp_path / "on", *small_stage(tmp_path, driver), "--start-from", str(run / "adapter"))
+    assert TemporalAdapter.from_pretrained(driver.unet, on / "adapter").config.resblock is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image-share", "0.5"], "image_share: expected 0 with train='temporal', got 0.5"),
+        (["--image-share", "0.5", "--train", "all", "--clips.latents", "streamed"], "expected 0 with streamed clips"),
+        (["--label-drop", "2"], "label_drop: expected a value from 0 to 1, got 2.0"),
+        (["--num-frames", "0"], "num_frames: expected at least 1, got 0"),
+        (["--temporal", "a.yaml", "--start-from", "b"], "expected temporal or start_from"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_anything_loads(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "video", *words])
+    assert stop.value.code == 2 and message in " ".join(capsys.readouterr().err.replace("│", " ").split())
