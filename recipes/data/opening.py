@@ -112,6 +112,10 @@ def _check_whole(name: str, container: av.container.InputContainer, stream: av.V
         )
 
 
+def _rate(stream: av.VideoStream) -> float:
+    return float(stream.average_rate or stream.guessed_rate or 0)
+
+
 def _seconds(stream: av.VideoStream, container: av.container.InputContainer, fps: float) -> float:
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
@@ -137,7 +141,7 @@ def _open_stream(file: VideoFile | VideoBytes, threads: int) -> Iterator[OpenVid
         else:
             stream.thread_type = "AUTO"
         _check_whole(file.name, container, stream)
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        fps = _rate(stream)
         if fps <= 0:
             raise ValueError(
                 f"open_video: {file.name}: expected a video with a frame rate, got none (a picture?); pass a video file"
