@@ -184,7 +184,8 @@ def _discriminator(vae: nn.Module, options: DecoderOptions, *, seed: int) -> Pat
             f"train_decoder: expected a crop of at least {made.smallest_frame} pixels for a discriminator of "
             f"num_layers={options.discriminator.num_layers}, got {options.crop}; take larger crops or fewer layers"
         )
-    return made.to(next(vae.parameters()).device)
+    place = next(vae.parameters())
+    return made.to(place.device, torch.promote_types(place.dtype, torch.float32))
 
 
 def _discriminator_groups(

@@ -17,7 +17,7 @@ from temporal_layers.recipes.stages.discriminator import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
-from temporal_layers.recipes.stages.perceptual import apply_to_clips
+from temporal_layers.recipes.stages.perceptual import apply_to_clips, widened
 
 TURNS = ("generator", "discriminator")
 """Turns of each step of a run with a discriminator, in order."""
@@ -88,7 +88,7 @@ class LastLayer:
             weight = self.layer.weight.detach().requires_grad_()
             again = [torch.func.functional_call(self.layer, {"weight": weight}, (inputs,)) for inputs, _ in self.calls]
         (gradient,) = torch.autograd.grad(again, weight, at_output)
-        return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / _GRADIENT_SCALE
+        return widened(gradient) / _GRADIENT_SCALE
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor) -> Float[Tensor, ""]:
@@ -177,7 +177,8 @@ class DecoderObjective(nn.Module):
             turn: ``generator`` or ``discriminator``.
         """
         target = 2 * frames - 1
-        latents = self._encode(frames) + latent_noise
+        latents = self._encode(frames)
+        latents = latents + latent_noise.to(latents.dtype)
         if turn == "discriminator":
             with torch.no_grad():
                 output = self.vae.decode(latents).sample
@@ -201,7 +202,7 @@ class DecoderObjective(nn.Module):
         return self.encoded[1]
 
     def _reconstruct(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        output = output.float()
+        output = widened(output)
         losses = {"l1": F.l1_loss(output, target)}
         loss = losses["l1"]
         if self.perceptual is not None and self.perceptual_weight > 0:
@@ -211,14 +212,15 @@ class DecoderObjective(nn.Module):
 
     def _deceive(self, output: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         with _without_gradients(self.discriminator):
-            adversarial = hinge_generator_loss(self.discriminator(output).float())
+            adversarial = hinge_generator_loss(widened(self.discriminator(widened(output))))
         gradients = (self.last_layer.gradient(loss) for loss in (losses["loss"], adversarial))
         weight = self.disc_weight * adaptive_weight(*gradients)
         loss = losses["loss"] + weight * adversarial
         return {**losses, "loss": loss, "adversarial": adversarial, "adversarial_weight": weight}
 
     def _judge(self, target: Tensor, output: Tensor) -> dict[str, Tensor]:
-        real, fake = (self.discriminator(clips).float() for clips in (target.to(output.dtype), output))
+        output = widened(output)
+        real, fake = (widened(self.discriminator(clips)) for clips in (target.to(output.dtype), output))
         loss = hinge_discriminator_loss(real, fake)
         return {"loss": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
 

@@ -73,7 +73,7 @@ class EncoderFeatureLoss(nn.Module):
         maps = [encoder.conv_in(frames)]
         for block in encoder.down_blocks:
             maps.append(block(maps[-1]))
-        return [_unit(values.float()) for values in maps]
+        return [_unit(widened(values)) for values in maps]
 
 
 def _unit(maps: Tensor) -> Tensor:
@@ -89,7 +89,9 @@ class LearnedLoss(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network.requires_grad_(False)
+        self.network = network
+        for parameter in network.parameters():  # TorchScript's modules have no requires_grad_
+            parameter.requires_grad_(False)
         if not isinstance(network, torch.fx.GraphModule):  # exported in one mode, which it cannot leave
             network.eval()
         self.training = False
@@ -162,13 +164,18 @@ def _from_file(path: Path) -> nn.Module:
         ) from error
 
 
+def widened(values: Tensor) -> Tensor:
+    """Values in float32, or in float64 if they are: what losses are added up in."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def apply_to_clips(loss: nn.Module, output: Tensor, target: Tensor) -> Float[Tensor, ""]:
     """Mean of a perceptual loss over the frames of clips ``(batch, 3, frames, height, width)`` in [-1, 1].
 
     Raises:
         ValueError: If the loss returns something that depends on no output.
     """
-    value = loss(fold_frames(output), fold_frames(target)).float().mean()
+    value = widened(loss(fold_frames(output), fold_frames(target))).mean()
     if output.requires_grad and not value.requires_grad:
         raise ValueError(
             f"apply_to_clips: expected a perceptual loss with a gradient, got one from {type(loss).__name__} that "
