@@ -27,6 +27,9 @@ from temporal_layers.recipes.evidence.jobs import COMPARISONS, JOBS, Scale
 from temporal_layers.recipes.training.configs import parse
 from temporal_layers.recipes.training.engine import versions
 
+CLIP_FRAMES = 17
+"""Of the corpus: what interpolation needs at its coarse rate, (5 - 1) * 4 + 1."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvidenceConfig:
@@ -71,9 +74,7 @@ def run_evidence(config: EvidenceConfig) -> Path:
     corpus = config.out / "corpus.safetensors"
     if not corpus.exists():
         print(f"rendering {config.train_clips + 2 * config.held_out} clips", flush=True)
-        render_corpus(
-            train=config.train_clips, held_out=config.held_out, num_frames=config.scale.num_frames, spare_frames=4
-        ).save(corpus)
+        render_corpus(train=config.train_clips, held_out=config.held_out, num_frames=CLIP_FRAMES).save(corpus)
     missing = [
         (name, seed)
         for seed in config.seeds

@@ -51,17 +51,16 @@ class Corpus:
         return cls(**values)
 
 
-def render_corpus(*, train: int, held_out: int, num_frames: int, spare_frames: int) -> Corpus:
+def render_corpus(*, train: int, held_out: int, num_frames: int) -> Corpus:
     """Render and encode.
 
     Args:
-        train: Training clips, of ``num_frames + spare_frames`` frames.
-        held_out: Clips each in ``real`` and in ``others``, of ``num_frames`` frames.
-        num_frames: Frames that a model makes.
-        spare_frames: Frames beyond that, from which windows are drawn.
+        train: Training clips.
+        held_out: Clips each in ``real`` and in ``others``.
+        num_frames: Of every clip.
     """
     base = LabelBase(load_shipped())
-    clips = driving_clips(base.frame_size, train, num_frames + spare_frames, fps=DRIVING_FPS)
+    clips = driving_clips(base.frame_size, train, num_frames, fps=DRIVING_FPS)
     frames = torch.stack([clip.frames for clip in clips])
     held = driving_clips(base.frame_size, 2 * held_out, num_frames, fps=DRIVING_FPS, first=HELD_OUT)
     return Corpus(
