@@ -88,8 +88,7 @@ def fit(
         groups: Parameter groups for the optimiser, each with its peak ``lr`` and its ``weight_decay``, for instance
             of ``TemporalAdapter.parameter_groups``; one group of everything trainable if None. With turns, a
             dictionary from the name of a turn to its groups.
-        accelerator: Device and precision, of ``make_accelerator``; a new one if None. What was prepared with it before
-            is forgotten by it in the end.
+        accelerator: Device and precision, of ``make_accelerator``; a new one if None.
         run: Folder that gets one line of losses per step, and checkpoints; needed on the main process only.
         engine: Precision, accumulation, trackers, checkpoints, resuming; its defaults if None.
         progress: Whether to show the memory budget and a progress bar on the main process.
@@ -136,7 +135,7 @@ def fit(
             stack.enter_context(journey.explained())
             journey.go(stream, stop, bar, on_checkpoint, validate)
     finally:
-        accelerator.free_memory()
+        steps.release()
     return journey.history
 
 

@@ -115,6 +115,12 @@ class Steps:
         alpha = mean_alpha(self.blends)
         return values if alpha is None else {**values, "alpha": alpha}, stopping
 
+    def release(self) -> None:
+        """Make the accelerator forget model and optimisers, which it would keep alive as long as it lives itself."""
+        accelerator, own = self.accelerator, {id(self.model), *map(id, self.optimizers.values())}
+        for held in (accelerator._models, accelerator._optimizers):
+            held[:] = [made for made in held if id(made) not in own]
+
     def _gradients(self, turn: str, micro: list[Batch]) -> dict[str, Tensor]:
         """Forward and backward passes of a turn; returns the mean losses of this process."""
         keywords = {"turn": turn} if turn else {}
