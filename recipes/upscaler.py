@@ -320,6 +320,26 @@ def build_upscaler(config: UpscalerConfig, *, seed: int = 0) -> Upscaler:
     )
 
 
+def shrunk(frames: Float[Tensor, "*batch height width"], factor: int) -> Float[Tensor, "*batch h w"]:
+    """Frames a ``factor`` smaller in height and width, each pixel the mean of the area that it covers."""
+    return F.avg_pool2d(frames.flatten(0, -4), factor).unflatten(0, frames.shape[:-3])
+
+
+def load_upscaler(name: str | Path = "") -> Upscaler:
+    """Load an upscaler for images.
+
+    Args:
+        name: Folder written by `Upscaler.save_pretrained`; or folder, or repository on the Hugging Face hub, of a
+            pipeline that `Upscaler.from_pipeline` takes; empty for the one that comes with the package.
+    """
+    if not str(name):
+        return load_shipped_upscaler()
+    index = Path(name) / "model_index.json"
+    if index.is_file() and json.loads(index.read_text()).get("_class_name") == "Upscaler":
+        return Upscaler.from_pretrained(name)
+    return Upscaler.from_pipeline(DiffusionPipeline.from_pretrained(name))
+
+
 def load_shipped_upscaler() -> Upscaler:
     """The upscaler that comes with the package: driving frames of 16 x 24 pixels to 64 x 96; it knows images only."""
     return Upscaler.from_pretrained(SHIPPED_UPSCALER)

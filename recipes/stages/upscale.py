@@ -1,7 +1,7 @@
 """Stage "upscale": makes an upscaler for images one for clips (Video LDM, section 3.4).
 
-Temporal layers are injected as in stage "video" and trained on patches alone, since both resolutions are there at
-every place; what is upscaled later are whole frames. The low-resolution frames of a clip get noise of one level.
+Temporal layers are injected as in stage "video" and trained on patches alone, since every place has both
+resolutions; what is upscaled later are whole frames. The low-resolution frames of a clip get noise of one level.
 With --train image the stage trains the upscaler for images itself.
 
     python -m temporal_layers.recipes.stages.upscale --out runs/upscale
@@ -9,7 +9,7 @@ With --train image the stage trains the upscaler for images itself.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,78 +18,113 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from jaxtyping import Float
 from torch import Tensor
 
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig
 from temporal_layers.recipes.bases import Conditioning
-from temporal_layers.recipes.driving import DrivingConfig, DrivingCorpus
-from temporal_layers.recipes.metrics import clip_frechet, frame_difference
-from temporal_layers.recipes.stages.image import HELD_OUT, psnr, render_stills
+from temporal_layers.recipes.data.decoding import make_decoder
+from temporal_layers.recipes.data.loader import BadVideos, ClipBatch, LoaderConfig, open_stream
+from temporal_layers.recipes.data.sampling import Bucket, SamplingConfig
+from temporal_layers.recipes.data.sources import DataConfig, make_source
+from temporal_layers.recipes.stages.clips import DRIVING
+from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.stages.image_objectives import as_float
-from temporal_layers.recipes.stages.upscale_patches import UpscaleObjective, UpscaleSamples, shrunk
-from temporal_layers.recipes.stages.video import DRIVING_FPS, Trained, driving_clips, trainable_adapter
-from temporal_layers.recipes.training.configs import parse
-from temporal_layers.recipes.training.engine import OptimConfig, RunFolder, fit
-from temporal_layers.recipes.training.streams import SampleStream
-from temporal_layers.recipes.upscaler import Upscaler, UpscalerConfig, build_upscaler, load_shipped_upscaler
-from temporal_layers.recipes.upscaling import upscale_clips
+from temporal_layers.recipes.stages.upscale_patches import UpscaleObjective, UpscaleSamples
+from temporal_layers.recipes.stages.video import Trained, fit_adapter, save_trained, trainable_adapter
+from temporal_layers.recipes.training.configs import parse, read
+from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, fit, make_accelerator
+from temporal_layers.recipes.training.streams import Batch, SampleStream, Stream
+from temporal_layers.recipes.upscaler import Upscaler, UpscalerConfig, build_upscaler, load_upscaler
+from temporal_layers.recipes.upscaling import measure_upscaler
 
 DEFAULT_OPTIM = OptimConfig(steps=400, batch_size=2, lr=2e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
-DEFAULT_IMAGE_OPTIM = OptimConfig(steps=3000, batch_size=16, lr=2e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.997)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleConfig:
-    """Stage "upscale" on the generated corpus, from 16 x 24 pixels to 64 x 96.
+    """Stage "upscale"; by default on the generated corpus, from 16 x 24 pixels to 64 x 96.
 
     Attributes:
-        out: Folder of the run: ``adapter/`` in it is what ``TemporalAdapter.from_pretrained`` loads, ``model/`` what
-            ``Upscaler.from_pretrained`` loads, as far as they were trained.
+        out: Folder of the run: ``adapter/`` in it is what ``TemporalAdapter.from_pretrained`` loads; ``model/`` what
+            ``Upscaler.from_pretrained`` loads, with ``train="image"``; ``unet/`` the UNet, where all of it was trained.
         seed: Seed of the data, the initial weights, the patches and the noise.
-        train: ``temporal`` layers alone, as the paper does, or ``all`` parameters of the UNet on clips; or the UNet
+        train: ``temporal`` layers alone, as the paper does, or ``all`` parameters of the UNet, on clips; or the UNet
             without temporal layers on single frames (``image``).
-        start_from: Folder of an upscaler; None for the shipped one, or with ``train="image"`` an untrained one.
-        model: Sizes of an untrained one.
-        num_clips: Clips to render once.
-        num_frames: Frames of a training window.
-        spare_frames: Frames rendered beyond that, from which the window is drawn.
-        num_stills: Frames to render once with ``train="image"``.
-        patch: Height and width of the training patches in pixels of the result.
-        optim: Training on clips.
-        image_optim: Training on single frames.
-        fps: Frames per second of the clips.
-        held_out_clips: Clips of 16 frames to measure the result on; 0 for none.
+        model: Upscaler for images to start from: a folder, or a pipeline of diffusers, see `load_upscaler`; empty for
+            the shipped one; ``new`` for an untrained one.
+        new: Sizes of an untrained one.
+        temporal: File of a ``TemporalConfig`` (.yaml, .toml or .json) that says what to inject; the paper's layout if
+            None.
+        start_from: Folder of an adapter to go on from, in place of fresh layers.
+        data: The videos.
+        size: Height and width that they are brought to.
+        fps: Rate of the clips; None keeps that of the videos.
+        stride: Or: every ``stride``-th frame.
+        num_frames: Frames of a training window; 1 with ``train="image"``, whatever is said here.
+        spare_frames: Frames in memory beyond that, from which the window is drawn.
+        streamed: Decode videos as they are needed, in place of holding a clip of each in memory.
+        loader: How videos are decoded.
+        patch: Height and width of the training patches in pixels of the result; 0 for whole frames.
+        optim: Training.
+        engine: How the run is carried out.
+        label_drop: Share of clips trained without their caption, for classifier-free guidance.
+        held_out: Clips of 16 frames, of the generated corpus, to measure the result on; 0 for none.
+        sampling_steps: Denoising steps for that.
     """
 
     out: Path = Path("runs/upscale")
     seed: int = 0
     train: Literal["temporal", "all", "image"] = "temporal"
+    model: str = ""
+    new: UpscalerConfig = UpscalerConfig()
+    temporal: Path | None = None
     start_from: Path | None = None
-    model: UpscalerConfig = UpscalerConfig()
-    num_clips: int = 128
+    data: DataConfig = DRIVING
+    size: tuple[int, int] = (64, 96)
+    fps: float | None = None
+    stride: int = 1
     num_frames: int = 8
     spare_frames: int = 8
-    num_stills: int = 4096
+    streamed: bool = False
+    loader: LoaderConfig = LoaderConfig()
     patch: int = 32
     optim: OptimConfig = DEFAULT_OPTIM
-    image_optim: OptimConfig = DEFAULT_IMAGE_OPTIM
-    fps: float = DRIVING_FPS
-    held_out_clips: int = 8
+    engine: EngineConfig = EngineConfig()
+    label_drop: float = 0.1
+    held_out: int = 0
+    sampling_steps: int = 10
 
     def __post_init__(self) -> None:
-        if self.held_out_clips != 0 and self.held_out_clips < 6:
+        if min(self.num_frames, *self.size) < 1 or min(self.spare_frames, self.patch) < 0:
             raise ValueError(
-                f"UpscaleConfig: held_out_clips: expected 0 or at least 6, got {self.held_out_clips}; the Frechet "
-                "distance needs more windows than it has features"
+                "UpscaleConfig: expected num_frames and size of at least 1, spare_frames and patch of at least 0, got "
+                f"num_frames={self.num_frames}, size={self.size}, spare_frames={self.spare_frames}, patch={self.patch}"
+            )
+        if not 0 <= self.label_drop <= 1:
+            raise ValueError(f"UpscaleConfig: label_drop: expected a value from 0 to 1, got {self.label_drop}")
+        if self.train == "image" and (self.temporal is not None or self.start_from is not None):
+            raise ValueError(
+                "UpscaleConfig: expected neither temporal nor start_from with train='image', which knows no clips; "
+                "train the upscaler for images first, then the temporal layers with model=.../model"
+            )
+        if self.temporal is not None and self.start_from is not None:
+            raise ValueError("UpscaleConfig: expected temporal or start_from, whose layers say what they are, got both")
+        if self.held_out != 0 and (self.held_out < 6 or self.data.path != "driving"):
+            raise ValueError(
+                f"UpscaleConfig: held_out: expected 0, or 6 or more with data.path='driving', got {self.held_out} with "
+                f"{self.data.path!r}; the Frechet distance needs more windows than it has features, and measure other "
+                "data with measure_upscaler"
+            )
+        if self.engine.validate_every and not self.held_out:
+            raise ValueError(
+                "UpscaleConfig: engine.validate_every: expected 0 without held_out clips, got "
+                f"{self.engine.validate_every}; say how many with held_out"
             )
 
 
 def train_upscaler(
     upscaler: Upscaler,
-    clips: Tensor,
+    clips: Tensor | Stream,
     conditioning: Conditioning | None = None,
     config: OptimConfig = DEFAULT_OPTIM,
     *,
@@ -107,7 +142,8 @@ def train_upscaler(
 
     Args:
         upscaler: For images, in pixels or in latents.
-        clips: (clips, 3, frames, height, width) at the resolution of the result, in [0, 1] or bytes.
+        clips: (clips, 3, frames, height, width) at the resolution of the result, in [0, 1] or bytes; or a stream of
+            what `UpscaleSamples` makes, which then has had the options of samples that follow.
         conditioning: One row a clip, of ``upscaler.conditioning``; what says nothing if None.
         config: Steps, learning rate and so on.
         num_frames: Frames of a training window.
@@ -128,40 +164,22 @@ def train_upscaler(
         ValueError: If the clips, ``low_res`` or ``patch`` do not fit together, or ``temporal`` is given for a UNet that
             has temporal layers.
     """
-    _check_clips("train_upscaler", upscaler, clips, low_res, num_frames, patch)
+    if isinstance(clips, Tensor):
+        _check_clips("train_upscaler", upscaler, clips, low_res, num_frames, patch)
+        options = {"num_frames": num_frames, "patch": patch, "drop": label_drop, "seed": seed}
+        clips = SampleStream(UpscaleSamples(upscaler, clips, low_res, conditioning, **options))
     adapter = trainable_adapter(upscaler.unet, temporal, train, seed=seed)
-    history = _fit(
-        upscaler,
-        UpscaleSamples(
-            upscaler,
-            clips,
-            low_res,
-            upscaler.conditioning([""] * len(clips)) if conditioning is None else conditioning,
-            upscaler.conditioning([""]),
-            num_frames=num_frames,
-            patch=patch,
-            drop=label_drop,
-            seed=seed,
-        ),
-        config,
-        name="temporal layers",
-        seed=seed,
-        groups=adapter.parameter_groups(
-            lr=config.lr, spatial_lr=config.lr if train == "all" else None, weight_decay=config.weight_decay
-        ),
-        on_checkpoint=None if on_checkpoint is None else functools.partial(on_checkpoint, adapter),
-        **engine,
-    )
-    return adapter, history
+    objective = UpscaleObjective(upscaler, list(upscaler.conditioning([""])))
+    return fit_adapter(adapter, objective, clips, config, train=train, seed=seed, on_checkpoint=on_checkpoint, **engine)
 
 
 def train_image_upscaler(
     upscaler: Upscaler,
-    frames: Tensor,
-    config: OptimConfig = DEFAULT_IMAGE_OPTIM,
+    frames: Tensor | Stream,
+    conditioning: Conditioning | None = None,
+    config: OptimConfig = DEFAULT_OPTIM,
     *,
     patch: int | None,
-    conditioning: Conditioning | None = None,
     label_drop: float = 0.1,
     seed: int = 0,
     **engine: Any,
@@ -170,10 +188,11 @@ def train_image_upscaler(
 
     Args:
         upscaler: In pixels or in latents.
-        frames: (count, 3, height, width) at the resolution of the result, in [0, 1] or bytes.
+        frames: (count, 3, height, width) at the resolution of the result, in [0, 1] or bytes; or a stream of what
+            `UpscaleSamples` makes of clips of one frame.
+        conditioning: One row a frame; what says nothing if None.
         config: Steps, learning rate and so on.
         patch: Height and width of a patch in pixels of the result; None for whole frames.
-        conditioning: One row a frame; what says nothing if None.
         label_drop: Share of frames trained without conditioning.
         seed: Seed of the patches.
         **engine: Further arguments of `fit`.
@@ -189,128 +208,150 @@ def train_image_upscaler(
             "train_image_upscaler: expected a UNet without temporal layers, got one with; remove() them, or train all "
             "by train_upscaler(..., train='all')"
         )
-    clips = frames.unsqueeze(2)
-    _check_clips("train_image_upscaler", upscaler, clips, None, 1, patch)
+    if isinstance(frames, Tensor):
+        clips = frames.unsqueeze(2)
+        _check_clips("train_image_upscaler", upscaler, clips, None, 1, patch)
+        options = {"num_frames": 1, "patch": patch, "drop": label_drop, "seed": seed}
+        frames = SampleStream(UpscaleSamples(upscaler, clips, None, conditioning, **options))
     upscaler.unet.train().requires_grad_(True)
-    samples = UpscaleSamples(
-        upscaler,
-        clips,
-        None,
-        upscaler.conditioning([""] * len(clips)) if conditioning is None else conditioning,
-        upscaler.conditioning([""]),
-        num_frames=1,
-        patch=patch,
-        drop=label_drop,
-        seed=seed,
-    )
-    history = _fit(upscaler, samples, config, name="upscaler", seed=seed, **engine)
-    upscaler.unet.requires_grad_(False)
-    return history
-
-
-def _fit(upscaler: Upscaler, samples: UpscaleSamples, config: OptimConfig, **engine: Any) -> list[float]:
-    objective = UpscaleObjective(upscaler, list(samples.conditioning))
-    history = fit(objective, SampleStream(samples), config, **engine)
-    upscaler.unet.eval()
+    objective = UpscaleObjective(upscaler, list(upscaler.conditioning([""])))
+    history = fit(objective, frames, config, name="upscaler", seed=seed, **engine)
+    upscaler.unet.eval().requires_grad_(False)
     return history
 
 
 def _check_clips(
     who: str, upscaler: Upscaler, clips: Tensor, low_res: Tensor | None, num_frames: int, patch: int | None
 ) -> None:
-    factor = upscaler.factor
     if clips.ndim != 5 or len(clips) == 0 or clips.shape[1] != 3 or clips.shape[2] < num_frames:
         raise ValueError(
             f"{who}: clips: expected (clips, 3, frames, height, width) with at least one clip of at least "
             f"num_frames={num_frames} frames, got {tuple(clips.shape)}"
         )
-    height, width = clips.shape[-2:]
+    check_sizes(who, upscaler, clips.shape[-2:], patch)
+    height, width = (side // upscaler.factor for side in clips.shape[-2:])
+    expected = (*clips.shape[:3], height, width)
+    if low_res is not None and tuple(low_res.shape) != expected:
+        raise ValueError(f"{who}: low_res: expected shape {expected} beside the clips, got {tuple(low_res.shape)}")
+
+
+def check_sizes(who: str, upscaler: Upscaler, size: Sequence[int], patch: int | None) -> None:
+    """Raise a ValueError unless frames of a size ``(height, width)`` can be shrunk, and patches cut from them."""
+    factor, (height, width) = upscaler.factor, size
     if height % factor or width % factor:
         raise ValueError(
-            f"{who}: clips: expected height and width in multiples of the factor {factor}, got {height} x {width}; "
-            "crop them"
+            f"{who}: expected frames with height and width in multiples of the factor {factor}, got {height} x "
+            f"{width}; crop them"
         )
     if patch is not None and (patch % factor or not factor <= patch <= min(height, width)):
         raise ValueError(
             f"{who}: patch: expected a multiple of {factor} that fits into frames of {height} x {width}, got {patch}"
         )
-    expected = (*clips.shape[:3], height // factor, width // factor)
-    if low_res is not None and tuple(low_res.shape) != expected:
-        raise ValueError(f"{who}: low_res: expected shape {expected} beside the clips, got {tuple(low_res.shape)}")
 
 
-def measure_upscaler(
-    upscaler: Upscaler, clips: Float[Tensor, "clips 3 frames height width"], **sampling: Any
-) -> dict[str, dict[str, float]]:
-    """Compare upscaled clips with what they were made from, frame by frame, with temporal layers, and bilinear.
-
-    Args:
-        upscaler: With temporal layers; without, there is no row ``video``.
-        clips: In [0, 1], at least six of 16 frames.
-        **sampling: Further arguments of `upscale_clips`.
+def read_clips(
+    data: DataConfig, sampling: SamplingConfig, loader: LoaderConfig, *, seed: int = 0
+) -> tuple[Tensor, list[str]]:
+    """One window of every video, in memory, and its caption; what cannot be read is reported and left out.
 
     Returns:
-        By name of the upscaling (``bilinear``, ``frame-wise``, ``video``): ``clip_frechet`` against the real clips, the
-        ``flicker`` (mean absolute error of the changes from frame to frame), the ``frame_difference`` and the ``psnr``.
+        Bytes (clips, 3, frames, height, width), and captions.
+
+    Raises:
+        ValueError: If too many videos cannot be read.
     """
-    low_res, (height, width) = shrunk(clips, upscaler.factor), clips.shape[-2:]
-    bilinear = F.interpolate(low_res.flatten(0, 1), (height, width), mode="bilinear")
-    upscaled = {
-        "bilinear": bilinear.unflatten(0, clips.shape[:2]),
-        "frame-wise": upscale_clips(upscaler, low_res, frame_by_frame=True, **sampling),
-    }
-    if getattr(upscaler.unet, "_temporal_state", None) is not None:
-        upscaled["video"] = upscale_clips(upscaler, low_res, **sampling)
-    return {
-        name: {
-            "clip_frechet": clip_frechet(made, clips),
-            "flicker": (made.diff(dim=2) - clips.diff(dim=2)).abs().mean().item(),
-            "frame_difference": frame_difference(made),
-            "psnr": psnr(made, clips),
-        }
-        for name, made in upscaled.items()
-    }
+    source, decoder = make_source(data), make_decoder(loader.decoder)
+    bad = BadVideos(len(source), loader.max_bad_share)
+    clips, captions = [], []
+    for index in range(len(source)):
+        item = source[index]
+        try:
+            clips.append(decoder.window(item.file, sampling.window(sampling.buckets[0], seed, index))[0])
+            captions.append(item.caption)
+            bad.add(index)
+        except ValueError as error:
+            bad.add(index, item.file.name, str(error), in_training=False)
+    bad.check()
+    if bad.reasons:
+        print(bad)
+    return torch.stack(clips), captions
+
+
+def _samples(upscaler: Upscaler, config: UpscaleConfig) -> Stream:
+    """The stream of a run, of videos in memory or decoded as they are needed."""
+    still, patch = config.train == "image", config.patch or None
+    check_sizes("UpscaleConfig", upscaler, config.size, patch)
+    num_frames = 1 if still else config.num_frames
+    held = num_frames if still or config.streamed else num_frames + config.spare_frames
+    sampling = SamplingConfig(buckets=(Bucket(held, *config.size),), fps=config.fps, stride=config.stride)
+    options = {"num_frames": num_frames, "patch": patch, "drop": config.label_drop, "seed": config.seed}
+    if not config.streamed:
+        clips, captions = read_clips(config.data, sampling, config.loader, seed=config.seed)
+        return SampleStream(UpscaleSamples(upscaler, clips, None, upscaler.conditioning(captions), **options))
+    samples = UpscaleSamples(upscaler, None, **options)
+
+    def prepare(batch: ClipBatch) -> Batch:
+        return samples.complete_batch(batch.frames, upscaler.conditioning(batch.captions), batch.positions)
+
+    return open_stream(config.data, sampling, config.loader, seed=config.seed, prepare=prepare)
+
+
+def _held_out(config: UpscaleConfig) -> Tensor:
+    data = dataclasses.replace(config.data, first=HELD_OUT, clips=config.held_out, clip_frames=16)
+    sampling = SamplingConfig(buckets=(Bucket(16, *config.size),), fps=config.fps, stride=config.stride)
+    return as_float(read_clips(data, sampling, config.loader)[0])
 
 
 def run_upscale_stage(config: UpscaleConfig) -> Upscaler:
     """Run the whole stage and write what was trained, losses, configuration and measurements to ``config.out``."""
-    accelerator = Accelerator()
+    accelerator = make_accelerator(config.engine, config.out)
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
     started = time.perf_counter()
+    upscaler = build_upscaler(config.new, seed=config.seed) if config.model == "new" else load_upscaler(config.model)
+    upscaler.to(accelerator.device)
     if config.start_from is not None:
-        upscaler = Upscaler.from_pretrained(config.start_from)
-    elif config.train == "image":
-        upscaler = build_upscaler(config.model, seed=config.seed)
-    else:
-        upscaler = load_shipped_upscaler()
-    given = {"patch": config.patch, "seed": config.seed, "accelerator": accelerator, "run": run}
-    size, adapter = (64, 96), None
+        TemporalAdapter.from_pretrained(upscaler.unet, config.start_from)
+    stream = _samples(upscaler, config)
+    held_out = _held_out(config) if config.held_out else None
+
+    def measure(step: int = 0) -> dict[str, float]:
+        training = upscaler.unet.training
+        upscaler.unet.eval()
+        options = {"window": config.num_frames, "num_inference_steps": config.sampling_steps}
+        numbers = measure_upscaler(upscaler, held_out, **options)
+        upscaler.unet.train(training)
+        return {f"{name} {metric}": value for name, row in numbers.items() for metric, value in row.items()}
+
+    given = {
+        "seed": config.seed,
+        "patch": config.patch or None,
+        "accelerator": accelerator,
+        "engine": config.engine,
+        "run": run,
+        "validate": measure,
+    }
     if config.train == "image":
-        frames, _ = render_stills(DrivingCorpus(DrivingConfig(), seed=config.seed), config.num_stills)
-        upscaler.to(accelerator.device)
-        history = train_image_upscaler(upscaler, frames, config.image_optim, **given)
+        history = train_image_upscaler(upscaler, stream, None, config.optim, **given)
+        if run is not None:
+            _save_image(upscaler, config.out)
     else:
-        length = config.num_frames + config.spare_frames
-        made = driving_clips(size, config.num_clips, length, fps=config.fps, seed=config.seed)
-        clips = torch.stack([(clip.frames * 255).round().to(torch.uint8) for clip in made])
-        upscaler.to(accelerator.device)
-        options = {"num_frames": config.num_frames, "train": config.train, **given}
-        adapter, history = train_upscaler(upscaler, clips, None, config.optim, **options)
-    seconds = time.perf_counter() - started
+        temporal = None if config.temporal is None else TemporalConfig.from_dict(read(config.temporal))
+        options = {"num_frames": config.num_frames, "temporal": temporal, "train": config.train, **given}
+        adapter, history = train_upscaler(upscaler, stream, None, config.optim, **options)
+        if run is not None:
+            save_trained(adapter, config.out, train=config.train)
     if run is not None:
-        if adapter is not None:
-            adapter.save_pretrained(config.out / "adapter")
-        if config.train != "temporal":
-            upscaler.save_pretrained(config.out / "model")
         tail = history[-max(1, len(history) // 10) :]
-        result: dict[str, Any] = {"seconds": seconds, "loss": sum(tail) / len(tail)}
-        if config.held_out_clips:
-            held_out = driving_clips(size, config.held_out_clips, 16, fps=config.fps, first=HELD_OUT, seed=config.seed)
-            result["held_out"] = measure_upscaler(
-                upscaler, as_float(torch.stack([clip.frames for clip in held_out])), window=config.num_frames
-            )
-        run.write("result.json", result)
+        result = {"seconds": time.perf_counter() - started, "loss": sum(tail) / len(tail)}
+        run.write("result.json", result if held_out is None else {**result, "held_out": measure()})
     return upscaler
+
+
+def _save_image(upscaler: Upscaler, out: Path) -> None:
+    if upscaler.vae is None and upscaler.conditioner is None:
+        upscaler.save_pretrained(out / "model")
+    else:  # the rest of the pipeline is where it was
+        upscaler.unet.save_pretrained(out / "unet")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,17 +13,12 @@ from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.recipes.bases import Conditioning
 from temporal_layers.recipes.stages.denoising import noised
 from temporal_layers.recipes.stages.image_objectives import as_float
-from temporal_layers.recipes.training.streams import Shuffled, generator_at
-from temporal_layers.recipes.upscaler import Upscaler
-
-
-def shrunk(frames: Float[Tensor, "*batch height width"], factor: int) -> Float[Tensor, "*batch h w"]:
-    """Frames a ``factor`` smaller in height and width, each pixel the mean of the area it covers."""
-    return F.avg_pool2d(frames.flatten(0, -4), factor).unflatten(0, frames.shape[:-3])
+from temporal_layers.recipes.training.streams import Batch, Shuffled, generator_at
+from temporal_layers.recipes.upscaler import Upscaler, shrunk
 
 
 class UpscaleSamples:
-    """Draws patches of clips in memory: the result and the low-resolution frames of one place, with their noise.
+    """Draws patches of clips: the result and the low-resolution frames of one place, with their noise.
 
     A sample is ``(frames, noise, timestep, given, given_noise, level, *conditioning)``: pixels ``(3, num_frames, patch,
     patch)`` in [-1, 1], noise of their place on the UNet's grid, one timestep; low-resolution frames enlarged to the
@@ -32,10 +27,9 @@ class UpscaleSamples:
 
     Args:
         upscaler: Says what the grid is.
-        clips: In [0, 1], or bytes, of at least ``num_frames`` frames.
+        clips: In [0, 1], or bytes, of at least ``num_frames`` frames; None to complete batches of a stream only.
         low_res: The same clips, small, if they are not to be the mean over areas.
         conditioning: One row a clip.
-        dropped: One row that says nothing.
         num_frames: Frames of a window.
         patch: Height and width of a patch in pixels of the result; None for whole frames.
         drop: Share of clips whose conditioning is dropped, for classifier-free guidance.
@@ -45,10 +39,9 @@ class UpscaleSamples:
     def __init__(
         self,
         upscaler: Upscaler,
-        clips: Tensor,
+        clips: Tensor | None,
         low_res: Tensor | None = None,
         conditioning: Conditioning | None = None,
-        dropped: Conditioning | None = None,
         *,
         num_frames: int,
         patch: int | None,
@@ -56,47 +49,71 @@ class UpscaleSamples:
         seed: int = 0,
     ) -> None:
         self.upscaler, self.clips, self.low_res = upscaler, clips, low_res
-        self.conditioning, self.dropped = conditioning or {}, dropped or {}
-        self.num_frames, self.drop, self.seed = num_frames, drop, seed
-        self.size = tuple(clips.shape[-2:]) if patch is None else (patch, patch)
+        self.dropped = {name: value.cpu() for name, value in upscaler.conditioning([""]).items()}
+        self.conditioning = {} if conditioning is None else {name: row.cpu() for name, row in conditioning.items()}
+        self.num_frames, self.patch, self.drop, self.seed = num_frames, patch, drop, seed
         self.num_timesteps = upscaler.scheduler.config.num_train_timesteps
-        self.order = Shuffled(len(clips), seed)
+        self.order = None if clips is None else Shuffled(len(clips), seed)
 
     def __call__(self, position: int) -> tuple[Tensor, ...]:
         """The sample at a position of the run."""
         row, generator = self.order[position], generator_at(self.seed, position)
-        frames, given = self._patch(row, generator)
+        start = int(torch.randint(self.clips.shape[2] - self.num_frames + 1, (), generator=generator))
+        window = slice(start, start + self.num_frames)
+        frames = as_float(self.clips[row][:, window])
+        low_res = None if self.low_res is None else as_float(self.low_res[row][:, window])
+        return self._complete(frames, low_res, {name: r[row] for name, r in self.conditioning.items()}, generator)
+
+    def complete_batch(self, frames: Tensor, conditioning: Conditioning, positions: Sequence[int]) -> Batch:
+        """A batch of windows ``(b, 3, num_frames, height, width)``, for example of a stream of videos.
+
+        Args:
+            frames: In [0, 1], or bytes.
+            conditioning: One row a window.
+            positions: Of the samples in the run.
+        """
+        samples = [
+            self._complete(
+                as_float(window),
+                None,
+                {name: value[row].cpu() for name, value in conditioning.items()},
+                generator_at(self.seed, position),
+            )
+            for row, (window, position) in enumerate(zip(frames, positions, strict=True))
+        ]
+        return tuple(torch.stack(column) for column in zip(*samples, strict=True))
+
+    def _complete(
+        self, frames: Tensor, low_res: Tensor | None, conditioning: Conditioning, generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        frames, given = self._patch(frames, low_res, generator)
         timestep = torch.randint(self.num_timesteps, (), generator=generator)
         level = torch.randint(self.upscaler.max_noise_level, (), generator=generator)
         noise = torch.randn(self.upscaler.channels, *given.shape[1:], generator=generator)
         given_noise = torch.randn(given.shape, generator=generator)
-        source = self.conditioning
-        if self.dropped and torch.rand((), generator=generator) < self.drop:
-            source, row = self.dropped, 0
-        extra = (source[name][row] for name in self.conditioning)
+        if not conditioning or torch.rand((), generator=generator) < self.drop:
+            conditioning = {name: value[0] for name, value in self.dropped.items()}
+        extra = (conditioning[name] for name in self.dropped)
         return (2 * frames - 1, noise, timestep, 2 * given - 1, given_noise, level, *extra)
 
-    def _patch(self, row: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The same place of the clip in pixels and on the grid, both in [0, 1]."""
-        factor, cell = self.upscaler.factor, self.upscaler.cell
-        count, (height, width) = self.num_frames, self.clips.shape[-2:]
-        start = int(torch.randint(self.clips.shape[2] - count + 1, (), generator=generator))
-        frames = as_float(self.clips[row][:, start : start + count])
-        if self.low_res is None:
-            low_res = shrunk(frames, factor)
-        else:
-            low_res = as_float(self.low_res[row][:, start : start + count])
+    def _patch(
+        self, frames: Tensor, low_res: Tensor | None, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "3 frames patch patch"], Float[Tensor, "3 frames grid_patch grid_patch"]]:
+        """One place of a window in pixels and on the grid, both in [0, 1]."""
+        factor, whole = self.upscaler.factor, frames.shape[-2:]
+        low_res = shrunk(frames, factor) if low_res is None else low_res
         given = self.upscaler.enlarged(low_res.transpose(0, 1)).transpose(0, 1)
+        if self.patch is None:
+            return frames, given
         corner = [
-            factor * int(torch.randint((whole - side) // factor + 1, (), generator=generator))
-            for whole, side in zip((height, width), self.size, strict=True)
+            factor * int(torch.randint((side - self.patch) // factor + 1, (), generator=generator)) for side in whole
         ]
-        return _cut(frames, corner, self.size), _cut(given, corner, self.size, cell)
+        return _cut(frames, corner, self.patch), _cut(given, corner, self.patch, self.upscaler.cell)
 
 
-def _cut(frames: Tensor, corner: Sequence[int], size: Sequence[int], cell: int = 1) -> Tensor:
-    (top, left), (height, width) = ([value // cell for value in pair] for pair in (corner, size))
-    return frames[..., top : top + height, left : left + width]
+def _cut(frames: Tensor, corner: Sequence[int], patch: int, cell: int = 1) -> Tensor:
+    top, left, side = corner[0] // cell, corner[1] // cell, patch // cell
+    return frames[..., top : top + side, left : left + side]
 
 
 class UpscaleObjective(nn.Module):
