@@ -16,6 +16,7 @@ from temporal_layers import (
     TemporalTransformerConfig,
 )
 from temporal_layers.adapters import SiteRule, TemporalAdapter, TemporalConfig, adapter_of, inject, merge, plan
+from temporal_layers.adapters.convert import Source, export_foreign
 
 PLANES, FRAMES = 6, 3
 INJECTIONS = ["resblock", "input", "both"]
@@ -373,3 +374,19 @@ def test_shown_in_the_summary(make_unet, capsys):
     model = make_unet()
     inject(model, config_of("input")).summary()
     assert "ContextInput" in capsys.readouterr().out and adapter_of(model).sites[0].name == "conv_in"
+
+
+def test_a_format_of_others_has_no_context(make_unet):
+    adapter = inject(make_unet(), config_of())
+    text = r"export_foreign: expected the layers of svd, got another configuration: TemporalConfig\.context"
+    with pytest.raises(ValueError, match=text):
+        export_foreign(adapter, Source(family="svd", style="diffusers"))
+
+
+def test_copies_keep_no_context(injected):
+    model, _ = injected
+    context = contexts()
+    model(clips(), 7, torch.randn(2, 3, 12), frame_context=context)
+    assert copy.deepcopy(model)._temporal_state.frame_context is None
+    model(clips(), 7, torch.randn(2, 3, 12))
+    assert model._temporal_state.frame_context is None
