@@ -16,6 +16,7 @@ COMMANDS = {
     "train dreambooth": ("stages.dreambooth", "teach the image model a subject; temporal layers stay as they are"),
     "train image": ("stages.image", "train the image model on single frames: autoencoder, then UNet"),
     "train interpolate": ("stages.interpolate", "train temporal layers that make frames between frames"),
+    "train motion-lora": ("stages.motion_lora", "teach temporal layers a motion from a few clips"),
     "train predict": ("stages.predict", "train temporal layers that continue a clip"),
     "train upscale": ("stages.upscale", "train temporal layers in an upscaler of frames"),
     "train video": ("stages.video", "train temporal layers with the image model frozen"),

@@ -23,10 +23,11 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase, load_base
+from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
-from temporal_layers.recipes.image_ldm import load_shipped
+from temporal_layers.recipes.stages.clips import open_base
 from temporal_layers.recipes.stages.denoising import noised
+from temporal_layers.recipes.stages.loras import add_lora, lora_parameters
 from temporal_layers.recipes.stages.personal import (
     Prompt,
     as_image_model,
@@ -60,7 +61,7 @@ class DreamBoothConfig:
     Attributes:
         out: Folder of the run; ``model/`` in it is the tuned image model, or ``lora/`` its low-rank change.
         seed: Seed of the prior images, the batches and the noise.
-        base: Image model: a folder or a repository for `load_base`; the shipped driving model if None.
+        model: Folder or repository of an image model, see `load_base`; empty for the one that comes with the package.
         images: Folder with images of the subject; None for driving frames in other colours.
         prompt: How to ask for the subject: a caption with a rare word in it, or the name of a new label.
         class_prompt: How to ask for what the subject is one of: a caption, or the name of a label.
@@ -76,7 +77,7 @@ class DreamBoothConfig:
 
     out: Path = Path("runs/dreambooth")
     seed: int = 0
-    base: str | None = None
+    model: str = ""
     images: Path | None = None
     prompt: str = "orange"
     class_prompt: str = LABELS[0]
@@ -100,10 +101,10 @@ class DreamBoothConfig:
                 f"DreamBoothConfig: expected two prompts, got {self.prompt!r} for both; put a rare word in front of "
                 "the class, such as 'a sks dog' beside 'a dog'"
             )
-        if self.base is not None and self.images is None:
+        if self.model and self.images is None:
             raise ValueError(
-                f"DreamBoothConfig: expected images, a folder with the subject, for base={self.base!r}, got None; the "
-                "built-in frames are for the shipped model"
+                f"DreamBoothConfig: expected images, a folder with the subject, for model={self.model!r}, got None; "
+                "the built-in frames are for the shipped model"
             )
 
 
@@ -256,9 +257,9 @@ def _trainable(
         for part in texts.values():
             chosen[1].extend(part.parameters())
         if rank:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                chosen = _with_lora(base, texts, rank)
+            chosen = _with_lora(base, texts, rank, seed)
+            for parameter in (p for part in everything for p in part.parameters()):
+                parameter.requires_grad_(False)
         for parameter in (*chosen[0], *chosen[1]):
             parameter.requires_grad_(True)
         for part in everything:
@@ -276,22 +277,22 @@ def _restore(before: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Modul
 
 
 def _with_lora(
-    base: VideoBase, texts: dict[str, nn.Module], rank: int
+    base: VideoBase, texts: dict[str, nn.Module], rank: int, seed: int
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     from peft import LoraConfig, inject_adapter_in_model
 
-    # By their full names, since a pattern would take in the temporal layers, or warn where there are none to leave out.
     names = [name for name, _ in base.unet.named_modules() if name.endswith(UNET_TARGETS) and ".temporal." not in name]
-    options = {"r": rank, "lora_alpha": rank, "init_lora_weights": "gaussian"}
-    base.unet.add_adapter(LoraConfig(target_modules=names, **options), LORA)
-    words = []
+    unet, words = add_lora(base.unet, LORA, names, rank=rank, seed=seed), []
     for part in texts.values():
         if isinstance(base, LabelBase):
             words.extend(part.parameters())
             continue
-        inject_adapter_in_model(LoraConfig(target_modules=TEXT_TARGETS, **options), part, LORA)
-        words.extend(parameter for name, parameter in part.named_parameters() if f".{LORA}." in name)
-    return [parameter for name, parameter in base.unet.named_parameters() if f".{LORA}." in name], words
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            options = {"r": rank, "lora_alpha": rank, "init_lora_weights": "gaussian"}
+            inject_adapter_in_model(LoraConfig(target_modules=TEXT_TARGETS, **options), part, LORA)
+        words.extend(lora_parameters(part, LORA))
+    return unet, words
 
 
 def subject_frames(count: int = 8, *, seed: int = 0) -> Float[Tensor, "count 3 height width"]:
@@ -307,7 +308,7 @@ def run_dreambooth_stage(config: DreamBoothConfig) -> VideoBase:
     started = time.perf_counter()
     accelerator = make_accelerator(config.engine, config.out)
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
-    base = LabelBase(load_shipped()) if config.base is None else load_base(config.base)
+    base = open_base(config.model)
     frames = subject_frames() if config.images is None else load_images(config.images, base.frame_size)
     prompt, class_prompt = _prompts(base, config)
     base.to(accelerator.device)
@@ -354,7 +355,7 @@ def _made_once(accelerator: Accelerator, base: VideoBase, prompt: Prompt, config
             num_inference_steps=config.prior_steps,
             guidance_scale=config.prior_guidance,
             seed=config.seed,
-            origin=f"{config.base}: {config.class_prompt}",
+            origin=f"{config.model or 'shipped'}: {config.class_prompt}",
         )
 
 

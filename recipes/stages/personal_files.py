@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from temporal_layers.recipes.bases import LabelBase, PipelineBase, VideoBase
+from temporal_layers.recipes.stages.loras import LORA_FILE, load_lora
 from temporal_layers.recipes.stages.personal import image_model, text_parts
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -107,7 +106,7 @@ def _save_lora(base: LabelBase | PipelineBase, target: Path, name: str) -> Path:
 def load_personal_lora(base: LabelBase | PipelineBase, folder: Path | str, *, name: str = "dreambooth") -> None:
     """Put a LoRA that `save_personal` wrote into the image model of ``base``, with or without temporal layers in it.
 
-    Its strength in the UNet is that of any LoRA of diffusers: ``base.unet.set_adapters([name], [0.7])``.
+    LoRAs that are there stay as strong as they are; `set_lora_strengths` changes that, in the UNet.
 
     Args:
         base: What the LoRA was trained on, untuned.
@@ -116,13 +115,13 @@ def load_personal_lora(base: LabelBase | PipelineBase, folder: Path | str, *, na
     """
     folder = Path(folder)
     if isinstance(base, LabelBase):
-        base.unet.load_lora_adapter(folder, prefix=None, adapter_name=name, weight_name=LORA_FILE)
+        load_lora(base.unet, folder, name, prefix=None)
         conditioner = type(base.ldm.conditioner).from_pretrained(folder / "conditioner")
         base.ldm.conditioner = conditioner.to(base.ldm.device).eval()
         base.ldm.labels = tuple(json.loads((folder / "labels.json").read_text()))
         return
     state = load_file(folder / LORA_FILE)
-    base.unet.load_lora_adapter(dict(state), prefix="unet", adapter_name=name)
+    load_lora(base.unet, dict(state), name, prefix="unet")
     for part, module in text_parts(base).items():
         own = {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
         if own:

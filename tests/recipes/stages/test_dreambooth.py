@@ -162,7 +162,6 @@ def test_training_learns_the_subject_keeps_the_class_and_leaves_the_adapter_alon
     history = train_dreambooth(base, frames, label, prior, 0, config, **QUIET)
     assert len(history) == 40 and adapter.num_frames == 2
     adapter.num_frames = None
-    print(loss_of(base, frames, label) / before[0], loss_of(base, prior, 0) / before[1])
     assert loss_of(base, frames, label) < 0.8 * before[0]
     assert loss_of(base, prior, 0) < 1.05 * before[1]
     after = state(base.unet)
@@ -186,7 +185,6 @@ def test_without_the_prior_loss_the_class_goes_astray(labelled):
     untouched = copy.deepcopy(base)
     train_dreambooth(base, frames, label, prior, 0, config, **QUIET)
     train_dreambooth(untouched, frames, label, config=config, **QUIET)
-    print(loss_of(base, prior, 0), loss_of(untouched, prior, 0))
     assert loss_of(base, prior, 0) < 0.9 * loss_of(untouched, prior, 0)
 
 
@@ -435,7 +433,7 @@ def test_a_caption_is_not_a_label(captioned):
     [
         ({"num_prior": -1}, r"expected num_prior, prior_weight and lora_rank of at least 0, got -1, 1\.0 and 0"),
         ({"prompt": "a", "class_prompt": "a"}, r"expected two prompts, got 'a' for both"),
-        ({"base": "somewhere"}, r"expected images, a folder with the subject, for base='somewhere', got None"),
+        ({"model": "somewhere"}, r"expected images, a folder with the subject, for model='somewhere', got None"),
     ],
 )
 def test_settings_that_make_no_sense(options, message):
@@ -460,7 +458,7 @@ def test_the_command_on_a_pipeline_of_a_folder(stable_diffusion, tmp_path):
     stable_diffusion.save_pretrained(tmp_path / "base")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (50, 40), (200, 100, 0)).save(tmp_path / "photos" / "one.jpg")
-    words = ["train", "dreambooth", "--base", str(tmp_path / "base"), "--images", str(tmp_path / "photos")]
+    words = ["train", "dreambooth", "--model", str(tmp_path / "base"), "--images", str(tmp_path / "photos")]
     words += ["--out", str(tmp_path / "run"), "--prompt", "a road", "--class-prompt", "a video"]
     words += ["--num-prior", "1", "--prior-steps", "1", "--optim.steps", "1", "--optim.batch-size", "1"]
     assert cli(words) == 0
