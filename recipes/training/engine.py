@@ -228,7 +228,7 @@ class _Journey:
         )
         started = time.perf_counter()
         for step in range(first, config.steps):
-            values, stopping = self.steps.take(step, batches, stopping=stop.received is not None)
+            values, stopping = self.steps.take(step, batches, stop.asked)
             self.finished = step + 1
             self.history.append(values["loss"])
             seconds = time.perf_counter() - started

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +124,9 @@ def checkpoint_gradients(objective: nn.Module) -> list[str]:
     for name, module in objective.named_modules():
         inside = any(not above or name.startswith(f"{above}.") for above in names)
         trainable = any(parameter.requires_grad for parameter in module.parameters())
-        if trainable and not inside and _can_checkpoint(module):
-            module.enable_gradient_checkpointing() if hasattr(
-                module, "enable_gradient_checkpointing"
-            ) else module.gradient_checkpointing_enable()
+        turn_on = _checkpointing_of(module)
+        if trainable and not inside and turn_on is not None:
+            turn_on()
             names.append(name)
     if not names:
         raise ValueError(
@@ -180,6 +179,10 @@ class StopRequest:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
+    def asked(self) -> bool:
+        """Whether there was a signal."""
+        return self.received is not None
+
     def _note(self, number: int, frame: object) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -190,9 +193,13 @@ def _packages(tracker: str) -> tuple[str, ...]:
     return ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
 
 
-def _can_checkpoint(module: nn.Module) -> bool:
-    if hasattr(module, "enable_gradient_checkpointing"):
-        return bool(getattr(module, "_supports_gradient_checkpointing", True))
-    return hasattr(module, "gradient_checkpointing_enable") and bool(
-        getattr(module, "supports_gradient_checkpointing", True)
-    )
+def _checkpointing_of(module: nn.Module) -> Callable[[], Any] | None:
+    """The method of a diffusers or transformers (from 5.24, before) model that turns checkpointing on, if it can."""
+    for method, can in (
+        ("enable_gradient_checkpointing", "_supports_gradient_checkpointing"),
+        ("activation_checkpointing_enable", "supports_gradient_checkpointing"),
+        ("gradient_checkpointing_enable", "supports_gradient_checkpointing"),
+    ):
+        if hasattr(module, method):
+            return getattr(module, method) if getattr(module, can, True) else None
+    return None

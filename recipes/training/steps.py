@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -75,13 +75,13 @@ class Steps:
         self.state = TrainingState(objective, plain, self.average, accelerator.scaler)
         self.blends = learned_blends(objective)
 
-    def take(self, step: int, batches: Iterator[Batch], *, stopping: bool = False) -> tuple[dict[str, float], bool]:
+    def take(self, step: int, batches: Iterator[Batch], asked: Callable[[], bool]) -> tuple[dict[str, float], bool]:
         """Take one step.
 
         Args:
             step: Counted from 0.
             batches: The batches from that of this step on.
-            stopping: Whether this process was asked to stop.
+            asked: Whether this process has been asked to stop.
 
         Returns:
             Losses, the mean over processes, gradient norms, and the mean alpha if there is one; and whether any process
@@ -95,14 +95,15 @@ class Steps:
         micro = [next(batches) for _ in range(self.accumulation)]
         share = learning_rate(self.config, step) / self.config.lr
         values: dict[str, float] = {}
+        stopping = False
         for turn, optimizer in self.optimizers.items():
             for group, peak in zip(optimizer.param_groups, self.peaks[turn], strict=True):
                 group["lr"] = share * peak
             losses = self._gradients(turn, micro)
             self.accelerator.unscale_gradients(optimizer)
             norms = {name: _norm(parameters) for name, parameters in self.parameters[turn].items()}
-            found, grads, asked = self._together(losses, norms, stopping)
-            stopping = asked or stopping
+            found, grads, stop = self._together(losses, norms, asked())
+            stopping = stopping or stop
             self._check(found["loss"], grads, step)
             self._clip(turn, grads)
             optimizer.step()
