@@ -131,7 +131,9 @@ def _time_loader(source: Source, sampling: SamplingConfig, config: BenchConfig, 
     processes = multiprocessing.active_children()
     started, used = time.perf_counter(), _processor_seconds(processes)
     clips = sum(len(batch.frames) for batch in islice(batches, max(1, config.clips // config.batch_size)))
-    return Timing((time.perf_counter() - started) / clips, (_processor_seconds(processes) - used) / clips)
+    timing = Timing((time.perf_counter() - started) / clips, (_processor_seconds(processes) - used) / clips)
+    stream.close()
+    return timing
 
 
 def measure(config: BenchConfig) -> dict[str, list[Timing]]:

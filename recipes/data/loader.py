@@ -224,16 +224,10 @@ class ClipStream:
         self.bad = BadVideos(len(source), loader.max_bad_share)
         self._schedule = Schedule(self._members(probes), seed)
         self._numbers = _Numbers(self._schedule)
-        clips = _Clips(source, sampling, self._schedule, seed, loader.decoder)
-        many = loader.workers > 0
-        self._loader = DataLoader(
-            clips,
-            batch_sampler=self._numbers,
-            collate_fn=_collate,
-            num_workers=loader.workers,
-            prefetch_factor=loader.prefetch if many else None,
-            persistent_workers=many,
-        )
+        self._clips = _Clips(source, sampling, self._schedule, seed, loader.decoder)
+        self._workers, self._prefetch = loader.workers, loader.prefetch
+        self._loader: DataLoader | None = None
+        self._results: Iterator[Any] | None = None
         self._entered = 0
 
     def _members(self, probes: Sequence[Probe] | None) -> list[np.ndarray]:
@@ -276,26 +270,49 @@ class ClipStream:
             RuntimeError: The iterator of an earlier call is used after a later call.
         """
         self._entered += 1
-        entered = self._entered
         numbers = self._numbers
         numbers.first, numbers.batch_size, numbers.rank, numbers.world_size = first, batch_size, rank, world_size
-        return self._run(iter(self._loader), entered)
+        if self._loader is None:
+            many = self._workers > 0
+            self._loader = DataLoader(
+                self._clips,
+                batch_sampler=numbers,
+                collate_fn=_collate,
+                num_workers=self._workers,
+                prefetch_factor=self._prefetch if many else None,
+                persistent_workers=many,
+            )
+        self._results = iter(self._loader)
+        return self._run(self._entered)
 
-    def _run(self, results: Iterator[Any], entered: int) -> Iterator[Any]:
+    def close(self) -> None:
+        """End the worker processes; ``batches`` starts new ones."""
+        self._entered += 1
+        self._results = self._loader = None
+
+    def _run(self, entered: int) -> Iterator[Any]:
         while True:
             if self._entered != entered:
-                raise RuntimeError("ClipStream: these batches ended when batches() was called again; use two streams")
-            batch, tried, faults = next(results)
-            for item in tried:
-                self.bad.add(item)
-            for fault in faults:
-                self.bad.add(*fault)
-            self.bad.check()
-            if batch is None:
-                raise ValueError(
-                    f"ClipStream: expected a readable video within {_ATTEMPTS} attempts, got none. {self.bad}"
+                raise RuntimeError(
+                    "ClipStream: these batches ended when batches() or close() was called; call it again"
                 )
+            try:
+                batch = self._next()
+            except BaseException:
+                self.close()
+                raise
             yield batch if self.prepare is None else self.prepare(batch)
+
+    def _next(self) -> ClipBatch:
+        batch, tried, faults = next(self._results)
+        for item in tried:
+            self.bad.add(item)
+        for fault in faults:
+            self.bad.add(*fault)
+        self.bad.check()
+        if batch is None:
+            raise ValueError(f"ClipStream: expected a readable video within {_ATTEMPTS} attempts, got none. {self.bad}")
+        return batch
 
 
 def open_stream(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -214,6 +215,19 @@ def _open_driving(file: DrivingFile) -> Iterator[OpenVideo]:
     yield OpenVideo(VideoInfo(*shape, fps, file.num_frames / fps), frames, lambda moment: shape, render)
 
 
+def _check_there(file: VideoFile) -> None:
+    if file.fault:
+        raise ValueError(f"open_video: {file.name}: {file.fault}")
+    if not Path(file.path).is_file():
+        raise ValueError(f"open_video: {file.name}: expected a video file, got a path that is no file; check the name")
+    # FFmpeg takes the length of a stretch for granted.
+    if file.size is not None and file.offset + file.size > os.path.getsize(file.path):
+        raise ValueError(
+            f"open_video: {file.name}: truncated: expected {file.offset + file.size} bytes in {file.path}, got "
+            f"{os.path.getsize(file.path)}; copy the file again"
+        )
+
+
 @contextmanager
 def open_video(file: Reference | str | Path | bytes, *, threads: int = 0) -> Iterator[OpenVideo]:
     """Open a video for the duration of a ``with`` block.
@@ -227,12 +241,7 @@ def open_video(file: Reference | str | Path | bytes, *, threads: int = 0) -> Ite
     """
     file = as_reference(file)
     if isinstance(file, VideoFile):
-        if file.fault:
-            raise ValueError(f"open_video: {file.name}: {file.fault}")
-        if not Path(file.path).is_file():
-            raise ValueError(
-                f"open_video: {file.name}: expected a video file, got a path that is no file; check the name"
-            )
+        _check_there(file)
     if isinstance(file, DrivingFile):
         context = _open_driving(file)
     elif isinstance(file, VideoFile) and file.suffix in ANIMATION_SUFFIXES:
