@@ -111,9 +111,6 @@ def fit(
     check_accelerator(accelerator, engine)
     if engine.gradient_checkpointing:
         checkpoint_gradients(objective)
-    shown = progress and accelerator.is_main_process
-    if shown:
-        print(format_budget(memory_budget(objective, by_turn, config), title=name))
     steps = Steps(
         objective,
         by_turn,
@@ -123,6 +120,10 @@ def fit(
         name=name,
         seed=seed,
     )
+    shown = progress and accelerator.is_main_process
+    if shown:
+        groups_here = {turn: optimizer.param_groups for turn, optimizer in steps.optimizers.items()}
+        print(format_budget(memory_budget(objective, groups_here, config), title=name))
     journey = _Journey(steps, engine, run, by_turn)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     try:
@@ -228,7 +229,7 @@ class _Journey:
         )
         started = time.perf_counter()
         for step in range(first, config.steps):
-            values, stopping = self.steps.take(step, batches, stop.asked)
+            values, signalled = self.steps.take(step, batches, stop.asked)
             self.finished = step + 1
             self.history.append(values["loss"])
             seconds = time.perf_counter() - started
@@ -237,10 +238,10 @@ class _Journey:
             bar.step(values, rate=rate, speed=(self.finished - first) / seconds)
             due = bool(config.checkpoint_every) and self.finished % config.checkpoint_every == 0
             last = bool(config.checkpoint_every) and self.finished == config.steps
-            if self.store is not None and (due or last or stopping):
+            if self.store is not None and (due or last or signalled):
                 self._write_checkpoint()
-            if stopping:
-                self._stop(stop)
+            if signalled:
+                self._stop(signalled)
             if due and on_checkpoint:
                 with self._averaged():
                     on_checkpoint(self.finished)
@@ -268,9 +269,9 @@ class _Journey:
                 self.finished, {"step": self.finished, "history": self.history, **state}, about=self.settings
             )
 
-    def _stop(self, stop: StopRequest) -> None:
+    def _stop(self, signalled: int) -> None:
         self.accelerator.print(f"{self.name}: stopped after step {self.finished}; {self._how_to_go_on()}")
-        if stop.received == signal.SIGTERM:
+        if signalled == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What a run stops for when it has finished its step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +92,13 @@ def check_accelerator(accelerator: Accelerator, engine: EngineConfig) -> None:
     """Refuse an accelerator that was not made for these settings.
 
     Raises:
-        ValueError: If precision, trackers or accumulation are others.
+        ValueError: If precision, trackers or accumulation are others, or it cannot do what they ask for.
     """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and engine.resume is not None:
+        raise ValueError(
+            f"fit: expected no resume with DeepSpeed, which keeps the weights to itself, got resume={engine.resume!r}; "
+            "DDP and FSDP2 can go on from checkpoints"
+        )
     if engine.precision not in ("auto", accelerator.mixed_precision):
         raise ValueError(
             f"fit: accelerator: expected precision {engine.precision!r}, got {accelerator.mixed_precision!r}; make it "
@@ -166,12 +175,12 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = 0
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self.previous[number] = signal.signal(number, self._note)
         return self
 
@@ -179,12 +188,12 @@ class StopRequest:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def asked(self) -> bool:
-        """Whether there was a signal."""
-        return self.received is not None
+    def asked(self) -> int:
+        """The number of the signal that came, 0 if none did."""
+        return self.received
 
     def _note(self, number: int, frame: object) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from temporal_layers.recipes.training.average import AveragedWeights
+from temporal_layers.recipes.training.launch import SIGNALS
 from temporal_layers.recipes.training.live import learned_blends, mean_alpha
 from temporal_layers.recipes.training.memory import named_groups
 from temporal_layers.recipes.training.optim import OptimConfig, build_optimizer, learning_rate
@@ -75,17 +76,17 @@ class Steps:
         self.state = TrainingState(objective, plain, self.average, accelerator.scaler)
         self.blends = learned_blends(objective)
 
-    def take(self, step: int, batches: Iterator[Batch], asked: Callable[[], bool]) -> tuple[dict[str, float], bool]:
+    def take(self, step: int, batches: Iterator[Batch], asked: Callable[[], int]) -> tuple[dict[str, float], int]:
         """Take one step.
 
         Args:
             step: Counted from 0.
             batches: The batches from that of this step on.
-            asked: Whether this process has been asked to stop.
+            asked: The number of the signal that this process got, 0 without one.
 
         Returns:
-            Losses, the mean over processes, gradient norms, and the mean alpha if there is one; and whether any process
-            was asked to stop.
+            Losses, the mean over processes, gradient norms, and the mean alpha if there is one; and the number of the
+            signal that any process got, 0 without one.
 
         Raises:
             FloatingPointError: If a loss or a gradient is not finite. The parameters are those of the step before.
@@ -95,15 +96,15 @@ class Steps:
         micro = [next(batches) for _ in range(self.accumulation)]
         share = learning_rate(self.config, step) / self.config.lr
         values: dict[str, float] = {}
-        stopping = False
+        signalled = 0
         for turn, optimizer in self.optimizers.items():
             for group, peak in zip(optimizer.param_groups, self.peaks[turn], strict=True):
                 group["lr"] = share * peak
             losses = self._gradients(turn, micro)
             self.accelerator.unscale_gradients(optimizer)
             norms = {name: _norm(parameters) for name, parameters in self.parameters[turn].items()}
-            found, grads, stop = self._together(losses, norms, asked())
-            stopping = stopping or stop
+            found, grads, number = self._together(losses, norms, asked())
+            signalled = max(signalled, number)
             self._check(found["loss"], grads, step)
             self._clip(turn, grads)
             optimizer.step()
@@ -114,7 +115,7 @@ class Steps:
         if self.average is not None:
             self.average.update()
         alpha = mean_alpha(self.blends)
-        return values if alpha is None else {**values, "alpha": alpha}, stopping
+        return values if alpha is None else {**values, "alpha": alpha}, signalled
 
     def release(self) -> None:
         """Make the accelerator forget model and optimisers, which it would keep alive as long as it lives itself."""
@@ -140,17 +141,20 @@ class Steps:
         return sums
 
     def _together(
-        self, losses: dict[str, Tensor], norms: dict[str, Tensor], stopping: bool
-    ) -> tuple[dict[str, float], dict[str, float], bool]:
-        """Numbers of a step on all processes: mean losses, norms (which agree), and whether any wants to stop."""
+        self, losses: dict[str, Tensor], norms: dict[str, Tensor], signalled: int
+    ) -> tuple[dict[str, float], dict[str, float], int]:
+        """Numbers of a step on all processes: mean losses, norms (which agree), and the largest signal of any."""
         device = self.accelerator.device
         wide = torch.float32 if device.type == "mps" else torch.float64
-        numbers = [*losses.values(), *norms.values(), torch.tensor(float(stopping))]
+        flags = torch.tensor([float(signalled == number) for number in SIGNALS])
+        numbers = [*losses.values(), *norms.values(), *flags]
         vector = torch.stack([value.to(device, wide) for value in numbers])
         if self.accelerator.num_processes > 1:
             vector = self.accelerator.reduce(vector, reduction="mean")
-        *found, flag = vector.tolist()  # the one transfer from the device
-        return dict(zip(losses, found, strict=False)), dict(zip(norms, found[len(losses) :], strict=True)), flag > 0
+        found = vector.tolist()  # the one transfer from the device
+        means, found = dict(zip(losses, found, strict=False)), found[len(losses) :]
+        sizes, found = dict(zip(norms, found, strict=False)), found[len(norms) :]
+        return means, sizes, max(number * (share > 0) for number, share in zip(SIGNALS, found, strict=True))
 
     def _check(self, loss: float, norms: dict[str, float], step: int) -> None:
         if not math.isfinite(loss):

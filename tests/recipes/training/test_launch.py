@@ -4,13 +4,13 @@ import importlib.util
 import json
 import sys
 import threading
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from accelerate.utils import LoggerType
+from accelerate.utils import DistributedType, LoggerType
 from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -58,6 +58,14 @@ def test_an_accelerator_made_for_other_settings_is_refused():
         check_accelerator(Accelerator(gradient_accumulation_steps=4), EngineConfig(accumulation=2))
     with pytest.raises(ValueError, match="expected the tracker 'wandb', got one without it"):
         check_accelerator(Accelerator(), EngineConfig(trackers=("wandb",)))
+
+
+def test_deepspeed_cannot_go_on():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(
+        ValueError, match=r"expected no resume with DeepSpeed, which keeps .* got resume='auto'; DDP and"
+    ):
+        check_accelerator(accelerator, EngineConfig(resume="auto"))
 
 
 class Notebook(GeneralTracker):
@@ -171,7 +179,7 @@ def test_signals_are_left_alone_outside_the_main_thread():
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert found == [(False, {})]
+    assert found == [(0, {})]
 
 
 def test_the_default_accelerator_has_no_trackers():

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -75,11 +74,14 @@ def victims(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_two(victims, tmp_path_factory):
-    """What two processes did: went on with the killed run, made it undisturbed, and a run with and without shards."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("undisturbed", "ddp", "fsdp")}
+    """What two processes did: went on with the killed run and others, in folders by name."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("undisturbed", "terminated", "ddp", "fsdp", "turns")}
     jobs = [
         {**DISTURBED, "folder": str(victims[2][0]), "resume": "auto"},
         {**DISTURBED, "folder": str(folders["undisturbed"])},
+        {**DISTURBED, "folder": str(folders["terminated"]), "term_at": 3, "checkpoint_every": 0},
+        {**DISTURBED, "folder": str(folders["terminated"]), "resume": "auto"},
+        {**PLAIN, "folder": str(folders["turns"]), "turns": True},
         {**PLAIN, "folder": str(folders["ddp"])},
         {**PLAIN, "folder": str(folders["fsdp"]), "shard": True},
     ]
@@ -89,9 +91,13 @@ def on_two(victims, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_one(tmp_path_factory):
-    """The run without shards on one process with twice the batch."""
-    folder = tmp_path_factory.mktemp("one")
-    return folder, worker.train(worker.Job(**PLAIN, folder=str(folder), batch_size=2))
+    """The same without shards on one process with twice the batch: folder, losses and weights by name."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "turns")}
+    jobs = {
+        name: worker.Job(**PLAIN, folder=str(folder), batch_size=2, turns=name == "turns")
+        for name, folder in folders.items()
+    }
+    return {name: (folders[name], *worker.train(job)) for name, job in jobs.items()}
 
 
 def equal(value, expected):
@@ -127,9 +133,15 @@ def test_killed_on_two_processes_and_resumed_is_the_undisturbed_run(victims, on_
     assert equal(last_state(folder), last_state(on_two["undisturbed"]))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_are_one_with_twice_the_batch(kind, on_two, on_one):
-    folder, _ = on_one
+def test_a_signal_to_one_process_stops_both_and_both_go_on(on_two):
+    records = worker.records(on_two["terminated"])
+    assert records == worker.records(on_two["undisturbed"])
+    assert equal(last_state(on_two["terminated"]), last_state(on_two["undisturbed"]))
+
+
+@pytest.mark.parametrize(("kind", "alone"), [("ddp", "one"), ("fsdp", "one"), ("turns", "turns")])
+def test_two_processes_are_one_with_twice_the_batch(kind, alone, on_two, on_one):
+    folder = on_one[alone][0]
     for record, expected in zip(worker.records(on_two[kind]), worker.records(folder), strict=True):
         assert record.pop("stage") == expected.pop("stage") == "tiny unet"
         assert record == pytest.approx(expected, rel=1e-12, abs=1e-13)
@@ -139,12 +151,12 @@ def test_two_processes_are_one_with_twice_the_batch(kind, on_two, on_one):
         for key in part:
             found, expected = found[key], expected[key]
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
-    moments, expected_moments = (s["optimizers"][""] for s in (state, expected_state))
-    torch.testing.assert_close(moments, expected_moments, rtol=1e-10, atol=1e-16)
+    for turn, expected in expected_state["optimizers"].items():
+        torch.testing.assert_close(state["optimizers"][turn], expected, rtol=1e-10, atol=1e-16)
 
 
 def test_one_process_goes_on_from_a_checkpoint_of_shards(on_two, on_one, tmp_path):
-    _, (expected_history, expected) = on_one
+    _, expected_history, expected = on_one["one"]
     [middle] = on_two["fsdp"].glob("checkpoints/*/step-00000003")
     [last] = on_two["fsdp"].glob("checkpoints/*/step-00000006")
     assert json.loads((middle / "manifest.json").read_text())["step"] == 3
@@ -157,4 +169,3 @@ def test_one_process_goes_on_from_a_checkpoint_of_shards(on_two, on_one, tmp_pat
     torch.testing.assert_close(
         last_state(Path(job.folder))["parameters"], torch.load(last / "state.pt")["parameters"], rtol=1e-11, atol=1e-12
     )
-    assert asdict(job)["shard"] is False

@@ -6,12 +6,14 @@ runs one job after the other; `train` is also what the tests call for the runs t
 """
 
 import json
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import UNet2DConditionModel
 from torch import nn
 
@@ -24,7 +26,14 @@ BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a run is told; its batches are made longer by ``pause`` seconds, so that it can be killed in between."""
+    """What a run is told.
+
+    Attributes:
+        pause: Seconds that a sample takes longer, so that the run can be killed in between.
+        term_at: Step at which the last process gets SIGTERM.
+        shard: Whether to cut the model up with FSDP2.
+        turns: Whether to train a generator and a discriminator instead of the UNet.
+    """
 
     folder: str
     steps: int = 8
@@ -36,7 +45,9 @@ class Job:
     resume: str | None = None
     double: bool = False
     shard: bool = False
+    turns: bool = False
     pause: float = 0.0
+    term_at: int | None = None
     lr: float = 1e-2
 
 
@@ -48,6 +59,28 @@ class Denoising(nn.Module):
     def forward(self, noisy, noise, timesteps, text):
         predicted = self.unet(noisy, timesteps, text).sample
         return {"loss": (predicted - noise).square().mean(), "size": predicted.abs().mean()}
+
+
+class Rivals(nn.Module):
+    """A generator and a discriminator; each turn leaves the other's parameters, or some of them, without gradients."""
+
+    turns = ("generator", "discriminator")
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+        self.discriminator = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+    def forward(self, noisy, noise, timesteps, text, *, turn):
+        made, real = self.generator(text.mean(1)), noisy.mean((1, 3, 4))
+        if turn == "generator":
+            return {"loss": -self.discriminator(made).mean() + (made - real).square().mean()}
+        gap = self.discriminator(made.detach()).mean() - self.discriminator(real).mean()
+        return {"loss": gap + gap.square(), "gap": gap}
+
+    def groups(self):
+        return {turn: [{"params": list(getattr(self, turn).parameters())}] for turn in self.turns}
 
 
 def make_unet(dropout=0.0):
@@ -73,6 +106,9 @@ def stream_of(job):
 
     def draw(position):
         time.sleep(job.pause)
+        samples = job.batch_size * job.accumulation * PartialState().num_processes
+        if job.term_at is not None and PartialState().is_last_process and position // samples == job.term_at:
+            signal.raise_signal(signal.SIGTERM)
         generator = generator_at(3, position)
         clip, noise = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=dtype)
         text = torch.randn(2, 8, generator=generator, dtype=dtype)
@@ -84,12 +120,6 @@ def stream_of(job):
 def train(job):
     """Run a job; returns losses and the trained parameters (not with shards)."""
     torch.set_num_threads(1)
-    unet, adapter = make_unet(job.dropout)
-    if job.double:
-        unet.double()
-    objective = Denoising(unet).train()
-    if job.shard:
-        shard(objective)
     config = OptimConfig(
         steps=job.steps,
         batch_size=job.batch_size,
@@ -97,24 +127,32 @@ def train(job):
         ema_decay=job.ema_decay,
         checkpoint_every=job.checkpoint_every,
     )
+    if job.turns:
+        objective = Rivals()
+        groups = objective.groups()
+    else:
+        unet, adapter = make_unet(job.dropout)
+        objective = Denoising(unet.double() if job.double else unet).train()
+        if job.shard:
+            shard(objective)
+        groups = adapter.parameter_groups(lr=config.lr, alpha_lr=3 * config.lr, weight_decay=0.1)
     history = fit(
         objective,
         stream_of(job),
         config,
         name="tiny unet",
         seed=11,
-        groups=adapter.parameter_groups(lr=config.lr, alpha_lr=3 * config.lr, weight_decay=0.1),
+        groups=groups,
         run=RunFolder(job.folder, config),
         engine=EngineConfig(accumulation=job.accumulation, resume=job.resume),
         progress=False,
     )
-    weights = {n: p.detach() for n, p in adapter.named_parameters("temporal") if not job.shard}
-    return history, weights
+    trained = {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad and not job.shard}
+    return history, trained
 
 
 def shard(objective):
     """Cut an objective up as its user would, before ``fit`` sees it."""
-    from accelerate import PartialState
     from torch.distributed import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -133,4 +171,8 @@ def records(folder):
 
 if __name__ == "__main__":
     for options in json.loads(sys.argv[1]):
-        train(Job(**options))
+        try:
+            train(Job(**options))
+        except SystemExit:
+            if "term_at" not in options:
+                raise
