@@ -153,12 +153,8 @@ def settings(
 
 def changed(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """What differs between two settings, a sentence each."""
-    names = sorted(own.keys() | theirs.keys())
-    return [
-        f"{name} was {theirs.get(name, 'not there')} and is {own.get(name, 'not there')}"
-        for name in names
-        if own.get(name) != theirs.get(name)
-    ]
+    pairs = {name: (theirs.get(name, "not there"), own.get(name, "not there")) for name in own.keys() | theirs.keys()}
+    return [f"{name} was {was} and is {now}" for name, (was, now) in sorted(pairs.items()) if was != now]
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

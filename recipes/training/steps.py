@@ -51,7 +51,7 @@ class Steps:
         self.objective, self.config, self.accelerator = objective, config, accelerator
         self.accumulation, self.name, self.seed = accumulation, name, seed
         accelerator.gradient_accumulation_steps, accelerator.step = accumulation, 0
-        self.sharded = _is_sharded(objective, name)
+        self.sharded = is_sharded(objective, name)
         optimizers = {turn: build_optimizer(own, config) for turn, own in groups.items()}
         self.peaks = {turn: [group["lr"] for group in made.param_groups] for turn, made in optimizers.items()}
         self.model: nn.Module = _Shell(objective)
@@ -198,7 +198,12 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
-def _is_sharded(objective: nn.Module, name: str) -> bool:
+def is_sharded(objective: nn.Module, name: str) -> bool:
+    """Whether the trained parameters have been cut up by FSDP2.
+
+    Raises:
+        ValueError: If some of them have.
+    """
     sharded = {isinstance(parameter, DTensor) for parameter in objective.parameters() if parameter.requires_grad}
     if len(sharded) > 1:
         raise ValueError(
