@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from temporal_layers.recipes.data.decoding import DecoderName, make_decoder
 from temporal_layers.recipes.data.probing import Probe, probe_all
@@ -166,7 +166,7 @@ def _collate(samples: list[_Sample]) -> tuple[ClipBatch | None, list[int], list[
         return None, tried, faults
     frames, captions, labels, fps, keys = zip(*(sample.clip for sample in samples), strict=True)
     batch = ClipBatch(
-        torch.stack(frames),
+        default_collate(list(frames)),  # straight into memory that the processes share
         list(captions),
         torch.tensor(labels, dtype=torch.int64),
         torch.tensor(fps, dtype=torch.float32),

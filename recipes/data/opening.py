@@ -100,7 +100,10 @@ class _StreamRenderer:
             interpolation="BICUBIC",
             threads=1,
         )
-        return np.rot90(rgb.to_ndarray(), k=turns)
+        # The picture where it lies, whose rows may be padded: to_ndarray would copy it, and it is copied again anyway.
+        plane = rgb.planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+        return np.rot90(rows[:, : 3 * rgb.width].reshape(rgb.height, rgb.width, 3), k=turns)
 
 
 def _check_whole(name: str, container: av.container.InputContainer, stream: av.VideoStream) -> None:
