@@ -27,6 +27,7 @@ from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.stages.clips import open_base
 from temporal_layers.recipes.stages.denoising import noised
+from temporal_layers.recipes.stages.dreambooth_preview import Preview, PreviewConfig
 from temporal_layers.recipes.stages.loras import add_lora, lora_parameters
 from temporal_layers.recipes.stages.personal import (
     Prompt,
@@ -50,8 +51,11 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 PAPER_OPTIM = OptimConfig(steps=800, batch_size=1, lr=1e-6, schedule="constant", warmup=0.0)
 """Steps and learning rate of the paper, for Stable Diffusion; the size of its batch is not known."""
 
-SHIPPED_OPTIM = OptimConfig(steps=200, batch_size=4, lr=3e-4, schedule="cosine", warmup=0.1, weight_decay=0.0)
+SHIPPED_OPTIM = OptimConfig(steps=200, batch_size=4, lr=4e-4, schedule="cosine", warmup=0.1, weight_decay=0.0)
 """For the small image model that comes with this library."""
+
+TOKENS_LR = 50.0
+"""Learning rate of a label's tokens as a multiple of the UNet's: they are looked up, not computed by a network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +74,12 @@ class DreamBoothConfig:
         prior_steps: Sampling steps of an image of the class.
         prior_guidance: Guidance of the same.
         train_text: Whether to train the text encoders as well.
+        text_lr: Learning rate of the text encoders; None for that of the UNet, as in the paper, and for 50 times as
+            much with the tokens of labels.
         lora_rank: Rank of the change; 0 trains the weights themselves.
         optim: Training. The defaults are for the shipped model; the paper has ``steps`` 800 and ``lr`` 1e-6.
-        engine: Precision, checkpoints, trackers.
+        engine: How the run is carried out.
+        preview: Clips to look at.
     """
 
     out: Path = Path("runs/dreambooth")
@@ -86,9 +93,11 @@ class DreamBoothConfig:
     prior_steps: int = 25
     prior_guidance: float = 2.0
     train_text: bool = True
+    text_lr: float | None = None
     lora_rank: int = 0
     optim: OptimConfig = SHIPPED_OPTIM
     engine: EngineConfig = EngineConfig()
+    preview: PreviewConfig = PreviewConfig()
 
     def __post_init__(self) -> None:
         if self.num_prior < 0 or self.prior_weight < 0 or self.lora_rank < 0:
@@ -105,6 +114,11 @@ class DreamBoothConfig:
             raise ValueError(
                 f"DreamBoothConfig: expected images, a folder with the subject, for model={self.model!r}, got None; "
                 "the built-in frames are for the shipped model"
+            )
+        if self.model and self.optim.lr == SHIPPED_OPTIM.lr:
+            raise ValueError(
+                f"DreamBoothConfig: optim.lr: expected one for model={self.model!r}, got {self.optim.lr}, the default "
+                "for the shipped model, which would ruin a large one; the paper has 1e-6 for Stable Diffusion"
             )
 
 
@@ -188,6 +202,7 @@ def train_dreambooth(
     *,
     prior_weight: float = 1.0,
     train_text: bool = True,
+    text_lr: float | None = None,
     lora_rank: int = 0,
     seed: int = 0,
     **engine: Any,
@@ -206,6 +221,7 @@ def train_dreambooth(
         config: Steps, learning rate and so on.
         prior_weight: Weight of the loss on the class.
         train_text: Whether to train the text encoders, or the label's tokens, as well.
+        text_lr: Learning rate of those; None for that of ``config``, and 50 times as much for a label's tokens.
         lora_rank: Rank of a LoRA named ``dreambooth`` on the attention of UNet and text encoders, which stays in them;
             0 trains the weights themselves. What turns labels into tokens is always trained itself.
         seed: Seed of the batches, and of a LoRA's weights.
@@ -236,7 +252,8 @@ def train_dreambooth(
     with as_image_model(base.unet), _trainable(base, texts, lora_rank, seed) as (unet, words):
         groups = [{"name": "unet", "params": unet, "lr": config.lr, "weight_decay": config.weight_decay}]
         if words:  # without decay, which would shrink the words that no batch has
-            groups.append({"name": "text", "params": words, "lr": config.lr, "weight_decay": 0.0})
+            rate = text_lr or config.lr * (TOKENS_LR if isinstance(base, LabelBase) else 1)
+            groups.append({"name": "text", "params": words, "lr": rate, "weight_decay": 0.0})
         objective = DreamBoothObjective(base, prompts, prior_weight=prior_weight, texts=texts)
         return fit(objective, SampleStream(samples), config, name="dreambooth", seed=seed, groups=groups, **engine)
 
@@ -312,6 +329,10 @@ def run_dreambooth_stage(config: DreamBoothConfig) -> VideoBase:
     frames = subject_frames() if config.images is None else load_images(config.images, base.frame_size)
     prompt, class_prompt = _prompts(base, config)
     base.to(accelerator.device)
+    adapter, preview = config.preview.source(config.model), None
+    if adapter is not None:
+        accelerator.print("sampling clips before the tuning")
+        preview = Preview(base, adapter, (prompt, class_prompt), frames, config.preview)
     prior = None
     if config.num_prior:
         accelerator.print(f"{config.num_prior} images of the class {config.class_prompt!r} in {config.out / 'prior'}")
@@ -325,6 +346,7 @@ def run_dreambooth_stage(config: DreamBoothConfig) -> VideoBase:
         config.optim,
         prior_weight=config.prior_weight,
         train_text=config.train_text,
+        text_lr=config.text_lr,
         lora_rank=config.lora_rank,
         seed=config.seed,
         accelerator=accelerator,
@@ -334,7 +356,10 @@ def run_dreambooth_stage(config: DreamBoothConfig) -> VideoBase:
     if run is not None:
         save_personal(base, config.out, lora=LORA if config.lora_rank else None)
         tail = history[-max(1, len(history) // 10) :]
-        run.write("result.json", {"seconds": time.perf_counter() - started, "loss": sum(tail) / len(tail)})
+        result = {"seconds": time.perf_counter() - started, "loss": sum(tail) / len(tail)}
+        if preview is not None:
+            result |= preview.compare(config.out / "preview.png")
+        run.write("result.json", result)
     return base
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from temporal_layers.recipes.stages.dreambooth import (
     subject_frames,
     train_dreambooth,
 )
+from temporal_layers.recipes.stages.dreambooth_preview import PreviewConfig, look_distance
 from temporal_layers.recipes.stages.personal import TwoTexts, ask, frozen_text, image_model, text_parts
 from temporal_layers.recipes.stages.personal_files import load_images, load_personal_lora, save_personal
 from temporal_layers.recipes.stages.prior import prior_images
@@ -367,6 +369,16 @@ def test_prior_images_are_made_once_and_more_are_added(labelled, tmp_path, monke
         prior_images(base, 1, 3, tmp_path, **options)
 
 
+def test_the_distance_of_two_looks():
+    images = torch.rand(3, 3, 8, 12)
+    assert look_distance(images, images.flip(0)) < 1e-6
+    assert look_distance(images, images + 0.25) == pytest.approx(0.25)
+    left = torch.zeros(1, 3, 8, 12)
+    left[..., :6] = 1
+    assert look_distance(left, left.flip(-1)) == pytest.approx(1.0)  # the mean colours of whole images are equal
+    assert look_distance(left, torch.zeros(2, 3, 4, 6)) == pytest.approx(0.5**0.5)
+
+
 # -- two texts --------------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +446,10 @@ def test_a_caption_is_not_a_label(captioned):
         ({"num_prior": -1}, r"expected num_prior, prior_weight and lora_rank of at least 0, got -1, 1\.0 and 0"),
         ({"prompt": "a", "class_prompt": "a"}, r"expected two prompts, got 'a' for both"),
         ({"model": "somewhere"}, r"expected images, a folder with the subject, for model='somewhere', got None"),
+        (
+            {"model": "somewhere", "images": Path("photos")},
+            r"optim\.lr: expected one for model='somewhere', got 0\.0004, the default for the shipped model",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(options, message):
@@ -443,13 +459,18 @@ def test_settings_that_make_no_sense(options, message):
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_stage_on_the_shipped_model(tmp_path, lora_rank):
-    config = DreamBoothConfig(out=tmp_path, num_prior=1, prior_steps=1, lora_rank=lora_rank, optim=FAST)
+    preview = PreviewConfig(clips=1 - lora_rank // 2, num_frames=2, sampling_steps=1)
+    config = DreamBoothConfig(
+        out=tmp_path, num_prior=1, prior_steps=1, lora_rank=lora_rank, optim=FAST, preview=preview
+    )
     base = run_dreambooth_stage(config)
     assert base.ldm.labels[-1] == "orange" and len(list((tmp_path / "prior").glob("*.png"))) == 1
     records = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     assert len(steps) == 2 and {"subject", "prior"} <= steps[0].keys()
     assert {"config.json", "versions.json", "result.json"} <= {path.name for path in tmp_path.iterdir()}
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert ("subject_distance_after" in result) == (tmp_path / "preview.png").exists() == (not lora_rank)
     if not lora_rank:
         assert load_base(tmp_path / "model").ldm.labels[-1] == "orange"
 
@@ -460,7 +481,18 @@ def test_the_command_on_a_pipeline_of_a_folder(stable_diffusion, tmp_path):
     Image.new("RGB", (50, 40), (200, 100, 0)).save(tmp_path / "photos" / "one.jpg")
     words = ["train", "dreambooth", "--model", str(tmp_path / "base"), "--images", str(tmp_path / "photos")]
     words += ["--out", str(tmp_path / "run"), "--prompt", "a road", "--class-prompt", "a video"]
-    words += ["--num-prior", "1", "--prior-steps", "1", "--optim.steps", "1", "--optim.batch-size", "1"]
+    words += [
+        "--num-prior",
+        "1",
+        "--prior-steps",
+        "1",
+        "--optim.steps",
+        "1",
+        "--optim.lr",
+        "1e-6",
+        "--optim.batch-size",
+        "1",
+    ]
     assert cli(words) == 0
     tuned = load_base(tmp_path / "run" / "model")
     assert isinstance(tuned, PipelineBase) and tuned.frame_size == (32, 32)
