@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # mostly imports, on a busy machine
 
 HERE = Path(__file__).parent
 SPEC = importlib.util.spec_from_file_location("training_worker", HERE / "worker.py")

@@ -76,8 +76,8 @@ class Rivals(nn.Module):
         made, real = self.generator(text.mean(1)), noisy.mean((1, 3, 4))
         if turn == "generator":
             return {"loss": -self.discriminator(made).mean() + (made - real).square().mean()}
-        gap = self.discriminator(made.detach()).mean() - self.discriminator(real).mean()
-        return {"loss": gap + gap.square(), "gap": gap}
+        gap = self.discriminator(made.detach()) - self.discriminator(real)
+        return {"loss": (gap + gap.square()).mean(), "gap": gap.mean()}
 
     def groups(self):
         return {turn: [{"params": list(getattr(self, turn).parameters())}] for turn in self.turns}
