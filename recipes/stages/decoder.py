@@ -18,23 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from temporal_layers import TemporalConvConfig, TemporalResBlockConfig
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of
+from temporal_layers.recipes.data.loader import LoaderConfig, open_stream
+from temporal_layers.recipes.data.sampling import Bucket, SamplingConfig
+from temporal_layers.recipes.data.sources import DataConfig
 from temporal_layers.recipes.data.video_io import write_video
-from temporal_layers.recipes.image_ldm import ImageLDM, load_shipped
+from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.sheets import contact_sheet, side_by_side
+from temporal_layers.recipes.stages.clips import DRIVING
 from temporal_layers.recipes.stages.decoder_batches import DecoderOptions, DecoderStream, check_frame_size, clip_stream
 from temporal_layers.recipes.stages.decoder_loss import DecoderObjective
-from temporal_layers.recipes.stages.decoder_metrics import decode_clips, measure_reconstruction
+from temporal_layers.recipes.stages.decoder_metrics import as_unit, decode_clips, measure_reconstruction
 from temporal_layers.recipes.stages.discriminator import DiscriminatorConfig, PatchDiscriminator3D
 from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.stages.perceptual import perceptual_loss
-from temporal_layers.recipes.stages.video import DRIVING_FPS, driving_clips, trainable_adapter
-from temporal_layers.recipes.training.configs import parse
+from temporal_layers.recipes.stages.temporal import trainable_adapter
+from temporal_layers.recipes.stages.upscale import read_clips
+from temporal_layers.recipes.training.configs import parse, read
 from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, fit, make_accelerator
+from temporal_layers.recipes.training.streams import Stream
 
 DECODER_LAYERS = TemporalConfig(
     resblock=TemporalResBlockConfig(timestep_embedding=False, norm="frame"), transformer=None
@@ -42,7 +49,15 @@ DECODER_LAYERS = TemporalConfig(
 """The paper's layers, with norms over each frame: a decoder trained on short clips does the same in long ones, and
 exactly the same in chunks."""
 
-DEFAULT_OPTIM = OptimConfig(steps=300, batch_size=2, lr=1e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
+DEFAULT_OPTIM = OptimConfig(steps=300, batch_size=1, lr=2e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
+
+DEFAULT_OPTIONS = DecoderOptions(
+    latent_noise=0.3, disc_lr=1e-3, discriminator=DiscriminatorConfig(width=16, num_layers=2)
+)
+"""For the small frames of the generated corpus."""
+
+HELD_FRAMES = 16
+"""Length of held-out clips."""
 
 _DISCRIMINATOR_BETAS = (0.5, 0.9)
 """VQGAN's; long memory of old gradients lags behind a decoder that moves."""
@@ -50,43 +65,70 @@ _DISCRIMINATOR_BETAS = (0.5, 0.9)
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Stage "decoder" on the generated corpus and the shipped autoencoder.
+    """Stage "decoder"; by default on the autoencoder that comes with the package and the generated corpus.
 
     Attributes:
         out: Folder of the run; ``adapter/`` in it is what ``TemporalAdapter.from_pretrained`` loads, and ``model/``
-            (with ``train="decoder"``) the autoencoder to load it into.
-        seed: Seed of the data, the initial weights, the batches and the noise.
-        num_clips: Clips to render and train on.
-        clip_frames: Frames of each; windows of ``options.num_frames`` are drawn from them.
-        num_held_out: Other clips, to measure on before and after.
+            (with ``options.train="decoder"``) the autoencoder to load it into.
+        seed: Seed of the initial weights, the patches and the noise.
+        model: Autoencoder to start from: a folder or a repository; empty for the one that comes with the package.
+        subfolder: Of ``model``, for instance ``vae`` in that of a pipeline.
+        svd_layout: Whether to add Stable Video Diffusion's convolution over frames behind the last layer.
+        temporal: File of a ``TemporalConfig`` (.yaml, .toml or .json) that says what to inject; `DECODER_LAYERS` if
+            None.
+        start_from: Folder of an adapter to go on from, in place of fresh layers.
+        data: The videos.
+        size: Height and width that they are brought to.
+        fps: Rate of the clips; None keeps that of the videos.
+        stride: Or: every ``stride``-th frame.
+        spare_frames: Frames in memory beyond ``options.num_frames``, from which the window is drawn.
+        streamed: Decode videos as they are needed, in place of holding a clip of each in memory.
+        loader: How videos are decoded.
+        options: Losses, patches, discriminator, what is trained.
         optim: Training of decoder and discriminator.
         engine: How the run is carried out.
-        options: Losses, crops, discriminator, what is trained.
-        svd_layout: Whether to add Stable Video Diffusion's convolution over frames behind the last layer.
-        fps: Frames per second of the clips.
+        held_out: Clips of the generated corpus to measure on, before and after; 0 for none.
     """
 
     out: Path = Path("runs/decoder")
     seed: int = 0
-    num_clips: int = 64
-    clip_frames: int = 16
-    num_held_out: int = 16
+    model: str = ""
+    subfolder: str = ""
+    svd_layout: bool = False
+    temporal: Path | None = None
+    start_from: Path | None = None
+    data: DataConfig = replace(DRIVING, clips=64, clip_frames=HELD_FRAMES)
+    size: tuple[int, int] = (64, 96)
+    fps: float | None = None
+    stride: int = 1
+    spare_frames: int = 8
+    streamed: bool = False
+    loader: LoaderConfig = LoaderConfig()
+    options: DecoderOptions = DEFAULT_OPTIONS
     optim: OptimConfig = DEFAULT_OPTIM
     engine: EngineConfig = EngineConfig()
-    options: DecoderOptions = DecoderOptions(discriminator=DiscriminatorConfig(width=16, num_layers=2))
-    svd_layout: bool = False
-    fps: float = DRIVING_FPS
+    held_out: int = 16
 
     def __post_init__(self) -> None:
-        if self.clip_frames < self.options.num_frames:
+        if min(self.size) < 1 or self.spare_frames < 0 or self.held_out < 0:
             raise ValueError(
-                f"DecoderConfig: expected clip_frames of at least options.num_frames={self.options.num_frames}, got "
-                f"{self.clip_frames}"
+                "DecoderConfig: expected size of at least 1, spare_frames and held_out of at least 0, got size="
+                f"{self.size}, spare_frames={self.spare_frames}, held_out={self.held_out}"
             )
-        if min(self.num_clips, self.num_held_out) < 1:
+        if (self.temporal is not None) + (self.start_from is not None) + self.svd_layout > 1:
             raise ValueError(
-                f"DecoderConfig: expected num_clips and num_held_out of at least 1, got num_clips={self.num_clips} and "
-                f"num_held_out={self.num_held_out}"
+                "DecoderConfig: expected one of temporal, start_from and svd_layout, each of which says what the "
+                f"layers are, got temporal={self.temporal}, start_from={self.start_from}, svd_layout={self.svd_layout}"
+            )
+        if self.held_out and self.data.path != "driving":
+            raise ValueError(
+                f"DecoderConfig: held_out: expected 0 with data.path={self.data.path!r}, got {self.held_out}: held-out "
+                "clips are those of the generated corpus; measure other ones with measure_decoder"
+            )
+        if self.engine.validate_every and not self.held_out:
+            raise ValueError(
+                "DecoderConfig: engine.validate_every: expected 0 without held_out clips, got "
+                f"{self.engine.validate_every}; say how many with held_out"
             )
 
 
@@ -197,53 +239,114 @@ def _discriminator_groups(
     return [{"name": "discriminator", **group}]
 
 
+def load_autoencoder(model: str = "", subfolder: str = "") -> nn.Module:
+    """An autoencoder in float32: the one that comes with the package, or any that diffusers can load.
+
+    Args:
+        model: Folder or repository; empty for that of the package.
+        subfolder: Where it is in there.
+    """
+    if not model:
+        return load_shipped().vae
+    return AutoModel.from_pretrained(model, subfolder=subfolder or None, torch_dtype=torch.float32).eval()
+
+
 def run_decoder_stage(config: DecoderConfig) -> dict[str, dict[str, float]]:
-    """Run the whole stage on the shipped image LDM and write weights, losses, measures and pictures to ``config.out``.
+    """Run the whole stage and write weights, losses, configuration, measures and pictures to ``config.out``.
 
     Returns:
-        What ``result.json`` holds: measures of the held-out clips, decoded frame by frame (``before``) and by the
-        trained decoder (``after``), from clean latents and, with ``options.latent_noise``, from noisy ones
-        (``before_noisy``, ``after_noisy``).
+        Measures of the held-out clips, if any, decoded frame by frame (``before``) and by the trained decoder
+        (``after``), from clean latents and, with ``options.latent_noise``, from noisy ones (``before_noisy``,
+        ``after_noisy``).
     """
     accelerator = make_accelerator(config.engine, config.out)
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
     started = time.perf_counter()
-    ldm = load_shipped()
-    accelerator.print(f"rendering {config.num_clips + config.num_held_out} clips")
-    clips = _rendered(ldm, config, config.num_clips, 0)
-    held_out = _rendered(ldm, config, config.num_held_out, HELD_OUT)
-    vae = ldm.vae.to(accelerator.device)
-    levels = {"": 0.0} | ({"_noisy": config.options.latent_noise} if config.options.latent_noise else {})
-    before = {name: decode_clips(vae, held_out, latent_noise=level) for name, level in levels.items()}
-    adapter, _ = train_decoder(
+    vae = load_autoencoder(config.model, config.subfolder).to(accelerator.device)
+    check_frame_size(vae, config.size)
+    clips = _training_clips(config)
+    held_out = _Measured(config, vae) if config.held_out else None
+    if config.start_from is not None:
+        TemporalAdapter.from_pretrained(vae, config.start_from)
+    adapter, history = train_decoder(
         vae,
         clips,
         config.optim,
         config.options,
-        temporal=replace(DECODER_LAYERS, conv_out=TemporalConvConfig() if config.svd_layout else None),
+        temporal=_layers(config),
         seed=config.seed,
         accelerator=accelerator,
         run=run,
         engine=config.engine,
+        validate=None if held_out is None else held_out.validate,
     )
-    after = {name: decode_clips(vae, held_out, latent_noise=level) for name, level in levels.items()}
-    result = {
-        f"{when}{name}": measure_reconstruction(output, held_out)
-        for name in levels
-        for when, output in (("before", before[name]), ("after", after[name]))
-    }
+    result = {} if held_out is None else held_out.compare()
     if run is not None:
         _save(adapter, config)
-        shown = "_noisy" if "_noisy" in levels else ""
-        _show(config, held_out[0], before[shown][0], after[shown][0])
-        run.write("result.json", {**result, "seconds": round(time.perf_counter() - started, 1)})
+        if held_out is not None:
+            held_out.show(config.out)
+        tail = history[-max(1, len(history) // 10) :]
+        seconds = round(time.perf_counter() - started, 1)
+        run.write("result.json", {**result, "loss": sum(tail) / len(tail), "seconds": seconds})
     return result
 
 
-def _rendered(ldm: ImageLDM, config: DecoderConfig, count: int, first: int) -> Tensor:
-    # Training clips of the image stage are fair game here, held-out ones are not.
-    clips = driving_clips(ldm.frame_size, count, config.clip_frames, fps=config.fps, first=first, seed=config.seed)
-    return torch.stack([clip.frames for clip in clips])
+def _layers(config: DecoderConfig) -> TemporalConfig | None:
+    if config.temporal is not None:
+        return TemporalConfig.from_dict(read(config.temporal))
+    return replace(DECODER_LAYERS, conv_out=TemporalConvConfig()) if config.svd_layout else None
+
+
+def _training_clips(config: DecoderConfig) -> Tensor | Stream:
+    held = config.options.num_frames + (0 if config.streamed else config.spare_frames)
+    sampling = SamplingConfig(buckets=(Bucket(held, *config.size),), fps=config.fps, stride=config.stride)
+    if config.streamed:
+        return open_stream(config.data, sampling, config.loader, seed=config.seed)
+    return read_clips(config.data, sampling, config.loader, seed=config.seed)[0]
+
+
+class _Measured:
+    """Held-out clips, as they are, as decoded before the training, and as decoded now."""
+
+    def __init__(self, config: DecoderConfig, vae: nn.Module) -> None:
+        self.vae, self.rate = vae, config.data.driving.fps
+        data = replace(config.data, first=HELD_OUT, clips=config.held_out, clip_frames=HELD_FRAMES)
+        sampling = SamplingConfig(buckets=(Bucket(HELD_FRAMES, *config.size),), stride=1)
+        self.true = as_unit(read_clips(data, sampling, config.loader)[0])
+        noise = config.options.latent_noise
+        self.levels = {"": 0.0} | ({"_noisy": noise} if noise else {})
+        self.before = self._decoded()
+
+    def _decoded(self) -> dict[str, Tensor]:
+        return {name: decode_clips(self.vae, self.true, latent_noise=level) for name, level in self.levels.items()}
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Measures of the decoder as it is."""
+        training = self.vae.training
+        self.vae.eval()
+        found = {name: measure_reconstruction(output, self.true) for name, output in self._decoded().items()}
+        self.vae.train(training)
+        return {f"{key}{name}": value for name, values in found.items() for key, value in values.items()}
+
+    def compare(self) -> dict[str, dict[str, float]]:
+        """Measures before and after the training."""
+        self.after = self._decoded()
+        return {
+            f"{when}{name}": measure_reconstruction(clips[name], self.true)
+            for name in self.levels
+            for when, clips in (("before", self.before), ("after", self.after))
+        }
+
+    def show(self, out: Path) -> None:
+        """A contact sheet, and a video, of the first clip three times, enlarged twice."""
+        name = list(self.levels)[-1]
+        clips = {
+            "true": self.true[0],
+            "decoded frame by frame": self.before[name][0],
+            "temporal decoder": self.after[name][0],
+        }
+        contact_sheet(clips, out / "before-after.png", num_columns=8, scale=2)
+        write_video(out / "before-after.mp4", side_by_side(clips, scale=2), self.rate)
 
 
 def _save(adapter: TemporalAdapter, config: DecoderConfig) -> None:
@@ -252,13 +355,6 @@ def _save(adapter: TemporalAdapter, config: DecoderConfig) -> None:
         plain = copy.deepcopy(adapter.model)
         adapter_of(plain).remove()
         plain.save_pretrained(config.out / "model")
-
-
-def _show(config: DecoderConfig, true: Tensor, before: Tensor, after: Tensor) -> None:
-    """A contact sheet, and a video of the three clips side by side, enlarged twice."""
-    clips = {"true": true, "decoded frame by frame": before, "temporal decoder": after}
-    contact_sheet(clips, config.out / "before-after.png", num_columns=min(8, true.shape[1]), scale=2)
-    write_video(config.out / "before-after.mp4", side_by_side(clips, scale=2), config.fps)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

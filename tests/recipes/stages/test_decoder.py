@@ -8,8 +8,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of
+from temporal_layers.recipes.data.loader import LoaderConfig
+from temporal_layers.recipes.data.sampling import Bucket, SamplingConfig
+from temporal_layers.recipes.data.sources import DataConfig
+from temporal_layers.recipes.driving import DrivingConfig
 from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.stages import decoder as stage
+from temporal_layers.recipes.stages.clips import driving_clips
 from temporal_layers.recipes.stages.decoder import DecoderConfig, train_decoder
 from temporal_layers.recipes.stages.decoder_batches import (
     DecoderOptions,
@@ -19,8 +24,9 @@ from temporal_layers.recipes.stages.decoder_batches import (
 )
 from temporal_layers.recipes.stages.decoder_metrics import decode_clips, measure_decoder
 from temporal_layers.recipes.stages.discriminator import DiscriminatorConfig
-from temporal_layers.recipes.stages.video import driving_clips
-from temporal_layers.recipes.training.engine import OptimConfig
+from temporal_layers.recipes.stages.image import HELD_OUT
+from temporal_layers.recipes.stages.upscale import read_clips
+from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig
 from temporal_layers.recipes.training.streams import SampleStream
 
 SMALL = DiscriminatorConfig(width=4, num_layers=2)
@@ -231,8 +237,8 @@ def test_training_goes_on_with_layers_that_are_there():
 
 
 FLAGS = (
-    "--num-clips 2 --num-held-out 2 --clip-frames 4 --optim.steps 2 --optim.batch-size 1 --options.num-frames 3 "
-    "--options.crop 32 --options.latent-noise 0.2 --options.discriminator.width 4"
+    "--data.clips 2 --held-out 2 --data.clip-frames 4 --spare-frames 1 --size 32 48 --optim.steps 2 "
+    "--options.num-frames 3 --options.crop 32 --options.latent-noise 0.2 --options.discriminator.width 4"
 )
 
 
@@ -240,7 +246,7 @@ def test_the_whole_stage_leaves_weights_measures_and_pictures(tmp_path, capsys):
     assert stage.main(["--out", str(tmp_path), *FLAGS.split(), "--options.train", "decoder", "--svd-layout"]) == 0
     assert "after_noisy" in capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
-    assert set(result) == {"before", "after", "before_noisy", "after_noisy", "seconds"}
+    assert set(result) == {"before", "after", "before_noisy", "after_noisy", "loss", "seconds"}
     assert result["before_noisy"]["psnr"] < result["before"]["psnr"]
     assert result["before"] != result["after"]
     records = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
@@ -255,7 +261,27 @@ def test_the_whole_stage_leaves_weights_measures_and_pictures(tmp_path, capsys):
     assert not torch.equal(vae.decoder.conv_in.weight, shipped.decoder.conv_in.weight)
     TemporalAdapter.from_pretrained(vae, tmp_path / "adapter")
     assert any(site.kind == "conv_out" for site in adapter_of(vae).sites)
-    held_out = torch.stack([c.frames for c in driving_clips((64, 96), 2, 4, first=1 << 20)])
+
+
+def test_a_stage_goes_on_from_files_streams_its_clips_and_validates(tmp_path):
+    vae = load_shipped().vae
+    vae.save_pretrained(tmp_path / "pipeline" / "vae")
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = TemporalConfig.for_decoder().to_dict()
+    (tmp_path / "layers.json").write_text(json.dumps(options))
+    model = f"--model {tmp_path / 'pipeline'} --subfolder vae"
+    assert stage.main(["--out", str(first), *f"{FLAGS} {model} --temporal {tmp_path / 'layers.json'}".split()]) == 0
+    more = "--streamed --loader.workers 0 --engine.validate-every 2 --options.disc-weight 0"
+    assert stage.main(["--out", str(second), *f"{FLAGS} {more} --start-from {first / 'adapter'}".split()]) == 0
+    adapter = TemporalAdapter.from_pretrained(vae, second / "adapter")
+    assert adapter.config.resblock.norm == "clip"  # what the file said
+    records = [json.loads(line) for line in (second / "losses.jsonl").read_text().splitlines()]
+    result = json.loads((second / "result.json").read_text())
+    validation = next(record for record in records if "validation/psnr" in record)
+    assert validation["validation/psnr"] == pytest.approx(result["after"]["psnr"], abs=1e-6)
+    assert validation["validation/flicker_noisy"] == pytest.approx(result["after_noisy"]["flicker"], abs=1e-6)
+    data = DataConfig(clips=2, first=HELD_OUT, clip_frames=16, driving=DrivingConfig(fps=10.0))
+    held_out = read_clips(data, SamplingConfig(buckets=(Bucket(16, 32, 48),)), LoaderConfig())[0]
     assert measure_decoder(vae, held_out)["psnr"] == pytest.approx(result["after"]["psnr"], abs=1e-4)
 
 
@@ -268,10 +294,14 @@ def test_bad_settings_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"DecoderOptions: expected {text}"):
             DecoderOptions(**changes)
-    with pytest.raises(ValueError, match=r"DecoderConfig: expected clip_frames .*num_frames=8, got 4"):
-        DecoderConfig(clip_frames=4)
-    with pytest.raises(ValueError, match=r"DecoderConfig: expected num_clips and num_held_out .* got num_clips=0"):
-        DecoderConfig(num_clips=0)
+    with pytest.raises(ValueError, match=r"DecoderConfig: expected size of at least 1, .* spare_frames=-1"):
+        DecoderConfig(spare_frames=-1)
+    with pytest.raises(ValueError, match=r"DecoderConfig: expected one of temporal, start_from and svd_layout, .*True"):
+        DecoderConfig(svd_layout=True, start_from=tmp_path)
+    with pytest.raises(ValueError, match=r"DecoderConfig: held_out: expected 0 with data.path='videos', got 16"):
+        DecoderConfig(data=DataConfig(path="videos"))
+    with pytest.raises(ValueError, match=r"DecoderConfig: engine.validate_every: expected 0 without held_out .* got 5"):
+        DecoderConfig(held_out=0, engine=EngineConfig(validate_every=5))
 
 
 def test_bad_clips_and_models_are_refused():
