@@ -36,15 +36,10 @@ from temporal_layers.recipes.metrics import clip_frechet, frame_difference, moti
 from temporal_layers.recipes.report import write_report
 from temporal_layers.recipes.sampling import sample_clips
 from temporal_layers.recipes.sheets import contact_sheet, side_by_side
-from temporal_layers.recipes.stages.clips import DRIVING_FPS, TensorClips
+from temporal_layers.recipes.stages.clips import DRIVING_FPS, TensorClips, encode_clips
 from temporal_layers.recipes.stages.image import HELD_OUT, finetune_frames
-from temporal_layers.recipes.stages.video import (
-    DEFAULT_OPTIM,
-    alphas,
-    encode_clips,
-    load_shipped_adapter,
-    train_video,
-)
+from temporal_layers.recipes.stages.temporal import alphas
+from temporal_layers.recipes.stages.video import DEFAULT_OPTIM, load_shipped_adapter, train_video
 from temporal_layers.recipes.training.engine import OptimConfig, RunFolder, versions
 
 CAPTION = "a video"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from temporal_layers.recipes.bases import LabelBase
 from temporal_layers.recipes.image_ldm import load_shipped
+from temporal_layers.recipes.stages.clips import DRIVING_FPS, driving_clips, encode_clips
 from temporal_layers.recipes.stages.image import HELD_OUT
-from temporal_layers.recipes.stages.video import DRIVING_FPS, driving_clips, encode_clips
 
 
 @dataclass(frozen=True, kw_only=True)

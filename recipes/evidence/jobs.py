@@ -20,11 +20,11 @@ from temporal_layers.recipes.evidence.corpus import Corpus
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm, load_shipped
 from temporal_layers.recipes.metrics import clip_frechet, frame_difference, motion_agreement
 from temporal_layers.recipes.sampling import sample_clips
-from temporal_layers.recipes.stages.clips import TensorClips
+from temporal_layers.recipes.stages.clips import TensorClips, encode_clips
 from temporal_layers.recipes.stages.image import psnr
 from temporal_layers.recipes.stages.interpolate import train_interpolate
 from temporal_layers.recipes.stages.predict import train_predict
-from temporal_layers.recipes.stages.video import encode_clips, load_shipped_adapter, train_video
+from temporal_layers.recipes.stages.video import load_shipped_adapter, train_video
 from temporal_layers.recipes.training.engine import OptimConfig
 
 Numbers = dict[str, float]
@@ -145,7 +145,9 @@ def predict(corpus: Corpus, scale: Scale, seed: int) -> Arms:
     """
     base, _ = load_shipped_adapter()
     clips = TensorClips(corpus.latents, {"labels": corpus.labels})
-    adapter, _ = train_predict(base, clips, scale.optim(), num_frames=scale.num_frames, seed=seed, progress=False)
+    adapter, _ = train_predict(
+        base, clips, scale.optim(), num_frames=scale.num_frames, inject="both", seed=seed, progress=False
+    )
     planes, truth = ContextPlanes.of(adapter), corpus.others[:, :, : scale.num_frames]
     latents = encode_clips(base, truth[:, :, :GIVEN])
     arms = {}
@@ -169,7 +171,7 @@ def interpolate(corpus: Corpus, scale: Scale, seed: int) -> Arms:
     """Three frames between two at the finest rate, by the model and by linear blending of the frames."""
     base, _ = load_shipped_adapter()
     clips = TensorClips(corpus.latents, {"labels": corpus.labels})
-    adapter, _ = train_interpolate(base, clips, scale.optim(), seed=seed, progress=False)
+    adapter, _ = train_interpolate(base, clips, scale.optim(), inject="both", seed=seed, progress=False)
     half = len(corpus.others) // 2
     truth, labels = corpus.others[:half], corpus.other_labels[:half]
     keys = encode_clips(base, truth[:, :, ::FACTOR])

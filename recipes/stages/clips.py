@@ -19,7 +19,7 @@ from temporal_layers.recipes.data.cache_writer import write_cache
 from temporal_layers.recipes.data.loader import ClipBatch, LoaderConfig, open_stream
 from temporal_layers.recipes.data.sampling import Bucket, SamplingConfig
 from temporal_layers.recipes.data.sources import DataConfig, make_source
-from temporal_layers.recipes.driving import DrivingConfig
+from temporal_layers.recipes.driving import DrivingClip, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.training.streams import Batch, Stream
 
@@ -184,3 +184,18 @@ def open_pixels(
     sampling = SamplingConfig(buckets=(Bucket(num_frames, *base.frame_size),), fps=config.fps, stride=config.stride)
     with torch.no_grad():
         return open_stream(config.data, sampling, config.loader, seed=seed, prepare=prepare)
+
+
+def encode_clips(
+    base: VideoBase, clips: Float[Tensor, "clips 3 frames height width"]
+) -> Float[Tensor, "clips channels frames height width"]:
+    """Latents of clips, frame by frame (the encoder is the image model's, as in the paper), on the CPU."""
+    return torch.stack([base.encode(clip.transpose(0, 1)).transpose(0, 1).cpu() for clip in clips])
+
+
+def driving_clips(
+    size: tuple[int, int], count: int, num_frames: int, *, fps: float = DRIVING_FPS, first: int = 0, seed: int = 0
+) -> list[DrivingClip]:
+    """Clips ``first`` to ``first + count - 1`` of the driving corpus at a frame size ``(height, width)``."""
+    corpus = DrivingCorpus(DrivingConfig(height=size[0], width=size[1], fps=fps), seed=seed)
+    return [corpus.clip(index, num_frames) for index in range(first, first + count)]

@@ -18,7 +18,8 @@ from temporal_layers.recipes.bases import Conditioning, VideoBase
 from temporal_layers.recipes.conditioning import ContextPlanes, augment, signal_levels
 from temporal_layers.recipes.stages.clips import Clips, check_clips
 from temporal_layers.recipes.stages.denoising import ClipSamples, noised
-from temporal_layers.recipes.stages.video import Trained, VideoObjective, fit_adapter, trainable_adapter
+from temporal_layers.recipes.stages.temporal import Trained, fit_adapter, trainable_adapter
+from temporal_layers.recipes.stages.video import VideoObjective
 from temporal_layers.recipes.training.engine import OptimConfig
 from temporal_layers.recipes.training.streams import SampleStream, Stream, generator_at
 

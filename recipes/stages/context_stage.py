@@ -16,7 +16,8 @@ from temporal_layers.config import Inject, check_at_least, check_choice
 from temporal_layers.recipes.bases import Conditioning, VideoBase
 from temporal_layers.recipes.stages.clips import Clips, ClipsConfig, open_base, open_clips, open_pixels
 from temporal_layers.recipes.stages.context import ContextSamples, LossOver, train_context
-from temporal_layers.recipes.stages.video import SHIPPED_ADAPTER, Trained, alphas, save_trained
+from temporal_layers.recipes.stages.temporal import Trained, alphas, save_trained
+from temporal_layers.recipes.stages.video import SHIPPED_ADAPTER
 from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, make_accelerator
 
 DEFAULT_OPTIM = OptimConfig(steps=400, batch_size=2, lr=2e-3, weight_decay=0.0, ema_decay=0.98)

@@ -29,8 +29,8 @@ from temporal_layers.recipes.data.sources import DataConfig, make_source
 from temporal_layers.recipes.stages.clips import DRIVING
 from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.stages.image_objectives import as_float
+from temporal_layers.recipes.stages.temporal import Trained, fit_adapter, save_trained, trainable_adapter
 from temporal_layers.recipes.stages.upscale_patches import UpscaleObjective, UpscaleSamples
-from temporal_layers.recipes.stages.video import Trained, fit_adapter, save_trained, trainable_adapter
 from temporal_layers.recipes.training.configs import parse, read
 from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, fit, make_accelerator
 from temporal_layers.recipes.training.streams import Batch, SampleStream, Stream

@@ -8,26 +8,22 @@ schedule and its kind of prediction stay as they are. Latents are computed once.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of, inject
+from temporal_layers.adapters import TemporalAdapter, TemporalConfig
 from temporal_layers.recipes.bases import LabelBase, VideoBase
-from temporal_layers.recipes.driving import DrivingClip, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.stages.clips import (
-    DRIVING_FPS,
     Clips,
     ClipsConfig,
     check_clips,
@@ -36,14 +32,13 @@ from temporal_layers.recipes.stages.clips import (
     open_pixels,
 )
 from temporal_layers.recipes.stages.denoising import ClipSamples, noised
+from temporal_layers.recipes.stages.temporal import Trained, alphas, fit_adapter, save_trained, trainable_adapter
 from temporal_layers.recipes.stages.validation import ClipValidation, ValidationConfig
 from temporal_layers.recipes.training.configs import parse, read
-from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, fit, make_accelerator
-from temporal_layers.recipes.training.streams import SampleStream, Stream
+from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, make_accelerator
+from temporal_layers.recipes.training.streams import SampleStream
 
 SHIPPED_ADAPTER = Path(__file__).parents[1] / "weights" / "driving_video"
-
-Trained = Literal["temporal", "all"]
 
 DEFAULT_OPTIM = OptimConfig(steps=400, batch_size=2, lr=3e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
 
@@ -237,114 +232,6 @@ def train_video_on_stream(
     )
 
 
-def fit_adapter(
-    adapter: TemporalAdapter,
-    objective: nn.Module,
-    stream: Stream,
-    config: OptimConfig,
-    *,
-    name: str = "temporal layers",
-    train: Trained = "temporal",
-    on_checkpoint: Callable[[TemporalAdapter, int], None] | None = None,
-    **engine: Any,
-) -> tuple[TemporalAdapter, list[float]]:
-    """`fit` with the parameter groups of an adapter; leaves its model in evaluation mode.
-
-    Args:
-        adapter: Of the model that is trained, from `trainable_adapter`.
-        objective: As in `fit`.
-        stream: As in `fit`.
-        config: Steps, learning rate and so on.
-        name: What to call the training.
-        train: What `trainable_adapter` was told.
-        on_checkpoint: Called with the adapter and the number of finished steps.
-        **engine: Further arguments of `fit`.
-
-    Returns:
-        The adapter and the loss of each step.
-    """
-    history = fit(
-        objective,
-        stream,
-        config,
-        name=name,
-        groups=adapter.parameter_groups(
-            lr=config.lr, spatial_lr=config.lr if train == "all" else None, weight_decay=config.weight_decay
-        ),
-        on_checkpoint=None if on_checkpoint is None else functools.partial(on_checkpoint, adapter),
-        **engine,
-    )
-    adapter.model.eval()
-    return adapter, history
-
-
-def trainable_adapter(
-    unet: nn.Module, temporal: TemporalConfig | None, train: Trained, *, seed: int = 0
-) -> TemporalAdapter:
-    """The temporal layers of a UNet, injected if there are none, with the UNet in training mode.
-
-    Args:
-        unet: Gets the layers, and their gradients or all.
-        temporal: What to inject; the paper's layout if None.
-        train: ``temporal`` freezes the image model, ``all`` makes it trainable as well.
-        seed: Of the initial weights.
-
-    Raises:
-        ValueError: If ``temporal`` is given for a UNet that has temporal layers already.
-    """
-    if getattr(unet, "_temporal_state", None) is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            adapter = inject(unet, temporal)
-    elif temporal is None:
-        adapter = adapter_of(unet)
-    else:
-        raise ValueError(
-            "trainable_adapter: temporal: expected None for a UNet that has temporal layers, which say what they are; "
-            "got a configuration: remove() them first, or leave it out to go on with them"
-        )
-    unet.train()
-    if train == "temporal":
-        return adapter.freeze()
-    unet.requires_grad_(True)
-    return adapter
-
-
-def save_trained(adapter: TemporalAdapter, out: Path, *, train: Trained) -> TemporalAdapter:
-    """Write ``adapter/`` and, if all was trained, the UNet without temporal layers to ``unet/``.
-
-    Args:
-        adapter: What was trained.
-        out: Folder of the run.
-        train: What `trainable_adapter` was told.
-
-    Returns:
-        The adapter.
-    """
-    adapter.save_pretrained(out / "adapter")
-    if train == "temporal":
-        return adapter
-    unet, layers = adapter.model, adapter.snapshot()
-    adapter.remove()
-    unet.save_pretrained(out / "unet")
-    return TemporalAdapter.from_pretrained(unet, layers)
-
-
-def encode_clips(
-    base: VideoBase, clips: Float[Tensor, "clips 3 frames height width"]
-) -> Float[Tensor, "clips channels frames height width"]:
-    """Latents of clips, frame by frame (the encoder is the image model's, as in the paper), on the CPU."""
-    return torch.stack([base.encode(clip.transpose(0, 1)).transpose(0, 1).cpu() for clip in clips])
-
-
-def driving_clips(
-    size: tuple[int, int], count: int, num_frames: int, *, fps: float = DRIVING_FPS, first: int = 0, seed: int = 0
-) -> list[DrivingClip]:
-    """Clips ``first`` to ``first + count - 1`` of the driving corpus at a frame size ``(height, width)``."""
-    corpus = DrivingCorpus(DrivingConfig(height=size[0], width=size[1], fps=fps), seed=seed)
-    return [corpus.clip(index, num_frames) for index in range(first, first + count)]
-
-
 def load_shipped_adapter(device: str = "cpu") -> tuple[LabelBase, int]:
     """The shipped image model with the shipped temporal layers in it, and for how many steps these were trained."""
     base = LabelBase(load_shipped())
@@ -352,12 +239,6 @@ def load_shipped_adapter(device: str = "cpu") -> tuple[LabelBase, int]:
     base.ldm.to(device)
     training = json.loads((SHIPPED_ADAPTER / "training.json").read_text())
     return base, training["config"]["optim"]["steps"]
-
-
-def alphas(adapter: TemporalAdapter) -> dict[str, float]:
-    """Mean alpha of every temporal layer that has one, by the name of its site."""
-    blending = {name: layer.blend for name, layer in adapter.layers.items() if hasattr(layer, "blend")}
-    return {name: blend.alpha.mean().item() for name, blend in blending.items()}
 
 
 def run_video_stage(config: VideoConfig) -> TemporalAdapter:

@@ -15,8 +15,8 @@ from temporal_layers.recipes.data.video_io import bunny_path, read_video
 from temporal_layers.recipes.demo import DemoConfig, compare, run_demo
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
+from temporal_layers.recipes.stages.clips import driving_clips
 from temporal_layers.recipes.stages.image import HELD_OUT
-from temporal_layers.recipes.stages.video import driving_clips
 from temporal_layers.recipes.training.engine import OptimConfig
 
 FILES = ("before.mp4", "after.mp4", "contact_sheet.png", "report.html")

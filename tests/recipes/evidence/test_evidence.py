@@ -12,7 +12,7 @@ from temporal_layers.recipes.evidence.comparisons import Comparison, arm_table, 
 from temporal_layers.recipes.evidence.corpus import Corpus, render_corpus
 from temporal_layers.recipes.evidence.jobs import ATTENTION_ONLY, COMPARISONS, JOBS, Scale
 from temporal_layers.recipes.image_ldm import load_shipped
-from temporal_layers.recipes.stages.video import trainable_adapter
+from temporal_layers.recipes.stages.temporal import trainable_adapter
 
 RESULTS = {
     "a": {0: {"frechet": 5.0, "psnr": 30.0}, 1: {"frechet": 7.0, "psnr": 31.0}},

@@ -14,17 +14,10 @@ from temporal_layers.recipes.bases import LabelBase
 from temporal_layers.recipes.driving import LABELS
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.sampling import sample_clips
-from temporal_layers.recipes.stages.clips import TensorClips
+from temporal_layers.recipes.stages.clips import TensorClips, driving_clips, encode_clips
 from temporal_layers.recipes.stages.image import HELD_OUT
-from temporal_layers.recipes.stages.video import (
-    VideoObjective,
-    alphas,
-    driving_clips,
-    encode_clips,
-    load_shipped_adapter,
-    train_video,
-    trainable_adapter,
-)
+from temporal_layers.recipes.stages.temporal import alphas, trainable_adapter
+from temporal_layers.recipes.stages.video import VideoObjective, load_shipped_adapter, train_video
 from temporal_layers.recipes.training.engine import OptimConfig
 
 TINY = ImageLDMConfig(
