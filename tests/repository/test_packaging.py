@@ -127,7 +127,8 @@ def test_declared_dependencies_are_the_imported_ones():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     declared = {requirement_name(line) for line in project["dependencies"]}
-    optional = {requirement_name(line) for line in extras["train"] + extras["bench"] + extras["xformers"]}
+    others = extras["train"] + extras["bench"] + extras["xformers"] + extras["torchcodec"]
+    optional = {requirement_name(line) for line in others}
     imported = set()
     for name, path in tree():
         if name.endswith(".py"):
