@@ -173,9 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, median in medians.items():
         workers = 1 if name == "bare" else max(1, int(name.split()[0]))
         rate = 1 / median.seconds
+        # The system counts processor time of other processes in hundredths of a second: short runs may have none.
+        ratio = bare.processor / median.processor if median.processor else math.nan
         print(
             f"{name:<10} {rate:8.2f} {rate / workers:11.2f} {rate / workers * bare.seconds:8.2f} "
-            f"{median.processor:17.4f} {bare.processor / median.processor:12.2f}"
+            f"{median.processor:17.4f} {ratio:12.2f}"
         )
     return 0
 

@@ -31,4 +31,4 @@ def test_a_small_run_prints_a_row_for_each_number_of_workers(grey_folder, capsys
     assert bench.main(["--path", str(grey_folder), *words]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == ["bare", "0", "1"]
-    assert all(float(row[-1]) > 0 and float(row[-3]) > 0 for row in rows)
+    assert all(float(row[-3]) > 0 for row in rows)
