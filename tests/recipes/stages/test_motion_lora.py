@@ -11,7 +11,7 @@ from temporal_layers.adapters import adapter_of, inject
 from temporal_layers.recipes.bases import LabelBase, PipelineBase
 from temporal_layers.recipes.cli import main as cli
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
-from temporal_layers.recipes.stages.clips import ClipsConfig, TensorClips, driving_clips, encode_clips, driving_clips, encode_clips
+from temporal_layers.recipes.stages.clips import ClipsConfig, TensorClips, driving_clips, encode_clips
 from temporal_layers.recipes.stages.dreambooth import LORA, train_dreambooth
 from temporal_layers.recipes.stages.loras import (
     LORA_FILE,
