@@ -13,15 +13,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from temporal_layers.recipes.data.loader import LoaderConfig
+from temporal_layers.recipes.data.sources import DataConfig
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.image_ldm import ImageLDM, ImageLDMConfig, build_image_ldm, sample_images
 from temporal_layers.recipes.stages.image_objectives import (
@@ -31,8 +32,9 @@ from temporal_layers.recipes.stages.image_objectives import (
     DenoisingSamples,
     as_float,
 )
+from temporal_layers.recipes.stages.stills import read_stills, render_stills
 from temporal_layers.recipes.training.configs import parse
-from temporal_layers.recipes.training.engine import OptimConfig, RunFolder, fit
+from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, fit, make_accelerator
 from temporal_layers.recipes.training.streams import SampleStream
 
 HELD_OUT = 1 << 20
@@ -46,10 +48,14 @@ class ImageConfig:
     Attributes:
         out: Folder of the run; ``model/`` in it is what ``ImageLDM.from_pretrained`` loads.
         seed: Seed of the data, the initial weights, the batches and the noise.
-        num_stills: How many frames to render once and train on.
+        data: Videos that the frames are from.
+        labels: Names of the classes, in the order of the labels in the data.
+        loader: How videos are decoded.
+        num_stills: How many frames to read once and train on.
         model: Sizes of the networks.
         autoencoder: Training of the autoencoder.
         unet: Training of the UNet.
+        engine: How the runs are carried out.
         kl_weight: Weight of the autoencoder's KL term (mean over latent elements).
         detail_weight: Weight of the loss on differences of neighbouring pixels, which keeps edges crisp.
         label_drop: Share of labels replaced by the null label, for classifier-free guidance.
@@ -61,12 +67,16 @@ class ImageConfig:
 
     out: Path = Path("runs/image")
     seed: int = 0
+    data: DataConfig = DataConfig(path="driving")
+    labels: tuple[str, ...] = LABELS
+    loader: LoaderConfig = LoaderConfig()
     num_stills: int = 8192
     model: ImageLDMConfig = field(default_factory=ImageLDMConfig)
     autoencoder: OptimConfig = OptimConfig(
         steps=1800, batch_size=8, lr=2.5e-3, ema_decay=0.995, checkpoint_every=300, weight_decay=0.0
     )
     unet: OptimConfig = OptimConfig(steps=2600, batch_size=32, lr=2e-3, ema_decay=0.997, checkpoint_every=400)
+    engine: EngineConfig = EngineConfig()
     kl_weight: float = 1e-4
     detail_weight: float = 1.0
     label_drop: float = 0.1
@@ -80,20 +90,6 @@ class ImageConfig:
                 f"ImageConfig: expected start_from, a folder with a trained autoencoder, with train={self.train!r}, "
                 "got None; train both parts or name a folder"
             )
-
-
-def render_stills(corpus: DrivingCorpus, count: int, *, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Render one frame from each of ``count`` clips, as bytes to save memory.
-
-    Returns:
-        Frames (count, 3, height, width), uint8, and labels (count,), int64.
-    """
-    frames, labels = [], []
-    for start in range(first, first + count, 64):
-        part, part_labels = corpus.stills(range(start, min(start + 64, first + count)))
-        frames.append((part * 255).round().to(torch.uint8))
-        labels.append(part_labels)
-    return torch.cat(frames), torch.cat(labels)
 
 
 def save_grid(
@@ -128,9 +124,8 @@ def train_autoencoder(
     seed: int = 0,
     measure_scale: bool = True,
     train_encoder: bool = True,
-    accelerator: Accelerator | None = None,
     run: RunFolder | None = None,
-    progress: bool = True,
+    **engine: Any,
 ) -> list[float]:
     """Train ``ldm.vae`` in place and measure its scaling factor.
 
@@ -144,9 +139,8 @@ def train_autoencoder(
         measure_scale: Whether to set ``scaling_factor`` to the reciprocal standard deviation of the latents; False
             keeps the latent space of a UNet that is already trained.
         train_encoder: False trains the decoder alone, so that the latents stay what they are.
-        accelerator: Device and precision; a default one if None.
         run: Folder that gets losses and, at checkpoints, the model and reconstructions.
-        progress: Whether to show a progress bar.
+        **engine: Further arguments of `fit`: accelerator, engine, progress.
 
     Returns:
         The loss of each step.
@@ -170,10 +164,9 @@ def train_autoencoder(
         config,
         name="autoencoder",
         seed=seed,
-        accelerator=accelerator,
         run=run,
-        progress=progress,
         on_checkpoint=checkpoint,
+        **engine,
     )
     checkpoint(config.steps)
     ldm.vae.requires_grad_(False)
@@ -201,9 +194,8 @@ def train_image_unet(
     *,
     label_drop: float = 0.1,
     seed: int = 0,
-    accelerator: Accelerator | None = None,
     run: RunFolder | None = None,
-    progress: bool = True,
+    **engine: Any,
 ) -> list[float]:
     """Train ``ldm.unet`` and ``ldm.conditioner`` in place on latents that are computed once.
 
@@ -214,9 +206,8 @@ def train_image_unet(
         config: Steps, learning rate and so on.
         label_drop: Share of labels replaced by the null label.
         seed: Seed of the batches.
-        accelerator: Device and precision; a default one if None.
         run: Folder that gets losses and, at checkpoints, the model and samples.
-        progress: Whether to show a progress bar.
+        **engine: Further arguments of `fit`: accelerator, engine, progress.
 
     Returns:
         The loss of each step.
@@ -244,10 +235,9 @@ def train_image_unet(
         config,
         name="unet",
         seed=seed,
-        accelerator=accelerator,
         run=run,
-        progress=progress,
         on_checkpoint=lambda step: _save_samples(ldm, run, step),
+        **engine,
     )
     _save_samples(ldm, run, config.steps)
     ldm.unet.requires_grad_(False)
@@ -316,11 +306,27 @@ def _check_frames(who: str, ldm: ImageLDM, frames: Tensor) -> None:
         raise ValueError(f"{who}: expected at least one frame, got none")
 
 
+def _stills(config: ImageConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Frames as bytes, their labels, and frames to measure with, in [0, 1]."""
+    size, count = (config.model.height, config.model.width), config.num_stills
+    if config.data.path == "driving":
+        corpus = DrivingCorpus(DrivingConfig(height=size[0], width=size[1]), seed=config.seed)
+        return *render_stills(corpus, count), as_float(render_stills(corpus, 64, first=HELD_OUT)[0])
+    frames, labels = read_stills(config.data, count + 64, size, loader=config.loader, seed=config.seed)
+    highest = int(labels.max())
+    if highest >= len(config.labels):
+        raise ValueError(
+            f"ImageConfig: labels: expected a name for each of the labels 0 to {highest} of the data, got "
+            f"{len(config.labels)} names"
+        )
+    return frames[:count], labels[:count], as_float(frames[count:])
+
+
 def run_image_stage(config: ImageConfig) -> ImageLDM:
     """Run the whole stage and write the model, losses, samples and what it took to ``config.out``."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    accelerator = Accelerator()
+    accelerator = make_accelerator(config.engine, config.out)
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
     clock = time.perf_counter()
     seconds: dict[str, float] = {}
@@ -328,17 +334,15 @@ def run_image_stage(config: ImageConfig) -> ImageLDM:
     def lap(part: str) -> None:
         seconds[part] = round(time.perf_counter() - clock - sum(seconds.values()), 1)
 
-    corpus = DrivingCorpus(DrivingConfig(height=config.model.height, width=config.model.width), seed=config.seed)
-    accelerator.print(f"rendering {config.num_stills} frames")
-    frames, labels = render_stills(corpus, config.num_stills)
-    held_out = as_float(render_stills(corpus, 64, first=HELD_OUT)[0])
-    lap("render")
+    accelerator.print(f"reading {config.num_stills} frames")
+    frames, labels, held_out = _stills(config)
+    lap("read")
     if config.start_from is None:
-        ldm = build_image_ldm(config.model, LABELS, seed=config.seed)
+        ldm = build_image_ldm(config.model, config.labels, seed=config.seed)
     else:
         ldm = ImageLDM.from_pretrained(config.start_from)
     ldm.to(accelerator.device)
-    engine = {"seed": config.seed, "accelerator": accelerator, "run": run}
+    engine = {"seed": config.seed, "accelerator": accelerator, "engine": config.engine, "run": run}
     if config.train != "unet":
         weights = {"kl_weight": config.kl_weight, "detail_weight": config.detail_weight}
         whole = config.train != "decoder"

@@ -1,5 +1,6 @@
 """Stage "image": losses and batches against closed forms, training on a few frames, the whole stage in small."""
 
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from temporal_layers.recipes.data.loader import LoaderConfig
+from temporal_layers.recipes.data.sources import DataConfig
+from temporal_layers.recipes.data.video_io import write_video
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.image_ldm import ImageLDM, ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.stages import image as stage
@@ -18,7 +22,6 @@ from temporal_layers.recipes.stages.image import (
     finetune_frames,
     measure_scaling_factor,
     psnr,
-    render_stills,
     save_grid,
     train_autoencoder,
     train_image_unet,
@@ -31,6 +34,7 @@ from temporal_layers.recipes.stages.image_objectives import (
     as_float,
     detail_loss,
 )
+from temporal_layers.recipes.stages.stills import read_stills, render_stills
 from temporal_layers.recipes.training.engine import OptimConfig
 from temporal_layers.recipes.training.streams import SampleStream
 
@@ -249,3 +253,37 @@ def test_bad_input_is_refused(tiny):
             ValueError, match=f"expected start_from, a folder with a trained .* train='{part}', got None"
         ):
             ImageConfig(train=part)
+
+
+def test_stills_of_videos_are_frames_of_them(tmp_path):
+    clip = torch.rand(3, 6, 16, 24).mul(0.2) + torch.linspace(0.1, 0.7, 6)[None, :, None, None]
+    write_video(tmp_path / "a.mp4", clip, 8)
+    loader = LoaderConfig(workers=0)
+    frames, labels = read_stills(DataConfig(path=str(tmp_path), label=3), 12, (16, 24), loader=loader, seed=1)
+    assert frames.shape == (12, 3, 16, 24) and frames.dtype == torch.uint8 and labels.tolist() == [3] * 12
+    levels = as_float(frames).mean((1, 2, 3))
+    distance = (levels[:, None] - clip.mean((0, 2, 3))).abs()
+    assert distance.min(1).values.max() < 0.03 and len(set(distance.argmin(1).tolist())) > 2
+    again, _ = read_stills(DataConfig(path=str(tmp_path), label=3), 12, (16, 24), loader=loader, seed=1)
+    assert torch.equal(again, frames)
+
+
+def test_the_stage_trains_on_videos_and_wants_names_for_their_labels(tmp_path):
+    clip = torch.rand(3, 4, 16, 24)
+    for name in "ab":
+        write_video(tmp_path / f"{name}.mp4", clip, 8)
+    quick = OptimConfig(steps=1, batch_size=1, lr=1e-3)
+    config = ImageConfig(
+        out=tmp_path / "run",
+        data=DataConfig(path=str(tmp_path), label=1),
+        labels=("one", "two"),
+        loader=LoaderConfig(workers=0),
+        num_stills=2,
+        model=TINY,
+        autoencoder=quick,
+        unet=quick,
+    )
+    assert stage.run_image_stage(config).labels == ("one", "two")
+    assert ImageLDM.from_pretrained(tmp_path / "run" / "model").labels == ("one", "two")
+    with pytest.raises(ValueError, match=r"labels: expected a name for each of the labels 0 to 1 .* got 1 names"):
+        stage.run_image_stage(dataclasses.replace(config, labels=("one",)))
