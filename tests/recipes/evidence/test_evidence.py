@@ -54,6 +54,7 @@ def test_tables_hold_what_was_measured_and_leave_out_what_was_not():
 
 def test_every_arm_of_a_comparison_comes_from_a_run():
     names = set(JOBS) | {"frame_by_frame", "real", "predict_guided", "predict_other_clip", "linear_blending"}
+    names |= {"decoder_before", "decoder_noisy", "decoder_noisy_before", "upscale_frame_by_frame", "bilinear"}
     assert {arm for one in COMPARISONS for arm in (one.without, one.with_it)} <= names
 
 
