@@ -52,7 +52,7 @@ class Scale:
         guidance_scale: Of the label.
     """
 
-    steps: int = 240
+    steps: int = 200
     batch_size: int = 2
     num_frames: int = 8
     sampling_steps: int = 15
