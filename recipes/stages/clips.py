@@ -42,6 +42,8 @@ class ClipsConfig:
         fps: Rate of the clips; None keeps that of the videos.
         stride: Or: every ``stride``-th frame.
         max_frames: Frames of a video that are cached, from its beginning; None for all.
+        buckets: Of streamed clips: frames, height and width of batches; each video goes to the bucket that suits its
+            length and its proportions. The stage's frames at the size of the image model if empty.
         loader: How videos are decoded.
     """
 
@@ -52,7 +54,17 @@ class ClipsConfig:
     fps: float | None = None
     stride: int = 1
     max_frames: int | None = None
+    buckets: tuple[tuple[int, int, int], ...] = ()
     loader: LoaderConfig = LoaderConfig()
+
+    def __post_init__(self) -> None:
+        if self.latents not in ("cached", "streamed"):
+            raise ValueError(f"ClipsConfig: latents: expected 'cached' or 'streamed', got {self.latents!r}")
+        if self.buckets and self.latents == "cached":
+            raise ValueError(
+                f"ClipsConfig: buckets: expected none with cached latents, which have one size, got {self.buckets}; "
+                "set latents='streamed'"
+            )
 
 
 class Clips(Protocol):
@@ -172,16 +184,17 @@ def open_pixels(
         base: The image model.
         config: Which videos, at which rate.
         complete: Makes a batch of latents ``(b, c, f, h, w)``, conditioning and the positions of the samples.
-        num_frames: Frames of a window.
+        num_frames: Frames of a window, without buckets.
         seed: Of the order and of the windows.
     """
 
     def prepare(batch: ClipBatch) -> Batch:
         frames = fold_frames(batch.frames.float() / 255)
-        latents = unfold_frames(base.encode(frames), num_frames).cpu()
+        latents = unfold_frames(base.encode(frames), batch.frames.shape[2]).cpu()
         return complete(latents, base.conditioning(batch.labels.tolist(), batch.captions), batch.positions)
 
-    sampling = SamplingConfig(buckets=(Bucket(num_frames, *base.frame_size),), fps=config.fps, stride=config.stride)
+    buckets = config.buckets or ((num_frames, *base.frame_size),)
+    sampling = SamplingConfig(buckets=tuple(Bucket(*each) for each in buckets), fps=config.fps, stride=config.stride)
     with torch.no_grad():
         return open_stream(config.data, sampling, config.loader, seed=seed, prepare=prepare)
 

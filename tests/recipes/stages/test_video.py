@@ -1,5 +1,6 @@
 """Stage "video": objective, batches, training of the temporal layers alone, sampling."""
 
+import dataclasses
 import json
 import math
 
@@ -11,10 +12,13 @@ from temporal_layers import fold_frames
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of
 from temporal_layers.recipes import cli
 from temporal_layers.recipes.bases import LabelBase
+from temporal_layers.recipes.data.loader import LoaderConfig
+from temporal_layers.recipes.data.sources import DataConfig
+from temporal_layers.recipes.data.video_io import write_video
 from temporal_layers.recipes.driving import LABELS
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.sampling import sample_clips
-from temporal_layers.recipes.stages.clips import TensorClips, driving_clips, encode_clips
+from temporal_layers.recipes.stages.clips import ClipsConfig, TensorClips, driving_clips, encode_clips, open_pixels
 from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.stages.temporal import alphas, trainable_adapter
 from temporal_layers.recipes.stages.video import VideoObjective, load_shipped_adapter, train_video
@@ -251,6 +255,24 @@ def test_the_stage_leaves_an_adapter_that_loads(driver, tmp_path, latents):
     assert json.loads((run / "config.json").read_text())["clips"]["latents"] == latents
     assert {"config.json", "versions.json", "result.json"} <= {path.name for path in run.iterdir()}
     assert (run / "cache").exists() == (latents == "cached")
+
+
+def test_streamed_clips_come_in_buckets(driver, tmp_path):
+    for name, height, frames in (("flat", 16, 3), ("tall", 24, 6)):
+        write_video(tmp_path / "videos" / f"{name}.mp4", torch.rand(3, frames, height, 16 * 24 // height), 8)
+    words = ["--clips.data.path", str(tmp_path / "videos"), "--clips.data.kind", "folder"]
+    words += ["--clips.latents", "streamed", "--clips.buckets", "2", "16", "24", "4", "24", "16"]
+    run = run_stage(tmp_path, *small_stage(tmp_path, driver), *words, "--optim.steps", "4")
+    assert len((run / "losses.jsonl").read_text().splitlines()) == 4
+    config = ClipsConfig(data=DataConfig(path=str(tmp_path / "videos")), latents="streamed")
+    config = dataclasses.replace(config, buckets=((2, 16, 24), (4, 24, 16)), loader=LoaderConfig(workers=0))
+    stream = open_pixels(driver, config, lambda latents, *rest: latents, num_frames=3, seed=0)
+    shapes = {tuple(batch.shape[2:]) for batch, _ in zip(stream.batches(0, batch_size=1), range(4), strict=False)}
+    assert shapes == {(2, 8, 12), (4, 12, 8)}
+    with pytest.raises(ValueError, match=r"buckets: expected none with cached latents, which have one size, got \(\("):
+        ClipsConfig(buckets=((2, 16, 24),))
+    with pytest.raises(ValueError, match=r"latents: expected 'cached' or 'streamed', got 'stored'"):
+        ClipsConfig(latents="stored")
 
 
 def test_the_stage_trains_everything_goes_on_and_shows_clips(driver, tmp_path):
