@@ -52,9 +52,15 @@ exactly the same in chunks."""
 DEFAULT_OPTIM = OptimConfig(steps=300, batch_size=1, lr=2e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
 
 DEFAULT_OPTIONS = DecoderOptions(
-    latent_noise=0.3, disc_lr=1e-3, discriminator=DiscriminatorConfig(width=16, num_layers=2)
+    latent_noise=0.3,
+    perceptual="encoder",
+    disc_weight=1.0,
+    disc_start=100,
+    disc_lr=3e-4,
+    discriminator=DiscriminatorConfig(width=16, num_layers=2),
 )
-"""For the small frames of the generated corpus."""
+"""For the small frames of the generated corpus and a run of minutes: the discriminator learns to tell decoded clips from
+true ones in 100 to 200 steps at this learning rate, and not at all at 1e-3."""
 
 HELD_FRAMES = 16
 """Length of held-out clips."""
