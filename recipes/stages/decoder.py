@@ -59,8 +59,8 @@ DEFAULT_OPTIONS = DecoderOptions(
     disc_lr=3e-4,
     discriminator=DiscriminatorConfig(width=16, num_layers=2),
 )
-"""For the small frames of the generated corpus and a run of minutes: the discriminator learns to tell decoded clips from
-true ones in 100 to 200 steps at this learning rate, and not at all at 1e-3."""
+"""For the small frames of the generated corpus and a run of minutes. At this learning rate the discriminator begins to
+tell decoded clips from true ones after about 200 steps; at 1e-3 it did not within 400."""
 
 HELD_FRAMES = 16
 """Length of held-out clips."""

@@ -100,7 +100,8 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor) -> Float[Tensor
 
     Returns:
         ``|reconstruction| / (|adversarial| + 1e-4)``, at most 1e4. In a distributed run the gradients are first
-        averaged over the processes, so that the weight is that of one process with the whole batch.
+        averaged over the processes, so that the weight is that of one process with the whole batch. Where a step takes
+        several batches, each has a weight of its own.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         both = torch.stack([reconstruction, adversarial])
