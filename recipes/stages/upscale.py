@@ -37,7 +37,7 @@ from temporal_layers.recipes.training.streams import Batch, SampleStream, Stream
 from temporal_layers.recipes.upscaler import Upscaler, UpscalerConfig, build_upscaler, load_upscaler
 from temporal_layers.recipes.upscaling import measure_upscaler
 
-DEFAULT_OPTIM = OptimConfig(steps=400, batch_size=2, lr=2e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
+DEFAULT_OPTIM = OptimConfig(steps=300, batch_size=2, lr=3e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
 
 
 @dataclass(frozen=True, kw_only=True)
