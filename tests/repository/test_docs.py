@@ -1,11 +1,14 @@
 """What the pages in docs/ say works: their Python runs, block after block, and their links lead somewhere."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from temporal_layers.adapters.registry import HOSTS, MODELS
+from temporal_layers.recipes.evidence.comparisons import arm_table, comparison_table
+from temporal_layers.recipes.evidence.jobs import COMPARISONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -49,3 +52,12 @@ def test_links_lead_somewhere(page, target):
 def test_the_page_on_models_names_every_registered_model():
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert [name for name in MODELS if f"`{name}`" not in text] == []
+
+
+def test_the_page_of_results_shows_what_was_measured():
+    document = json.loads((ROOT / "docs" / "assets" / "results.json").read_text(encoding="utf-8"))
+    results = {arm: {int(seed): numbers for seed, numbers in rows.items()} for arm, rows in document["results"].items()}
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for table in (comparison_table(COMPARISONS, results), arm_table(results)):
+        assert table in page
+    assert f"{document['core_minutes']} core minutes" in page
