@@ -10,17 +10,20 @@ from temporal_layers.recipes import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "recipes" / "weights").glob("*/README.md"))
+STAGE = r"temporal_layers\.recipes\.stages\.(\w+)"
 
 
 def commands():
     """Shell words of every command line with our command in a code block, by page."""
     for page in PAGES:
-        for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+        for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE):
             for line in block.replace("\\\n", " ").splitlines():
+                line = re.sub(STAGE, r"temporal-layers train \1", line)
                 found = re.search(r"(?:temporal-layers|temporal_layers\.recipes\.cli) +(.*)", line)
                 if found:
                     words = shlex.split(found.group(1).split(">")[0], comments=True)
-                    yield page.name, tuple(words)
+                    yield str(page.relative_to(ROOT)), tuple(words)
 
 
 SHOWN = sorted(set(commands()))
