@@ -17,7 +17,8 @@ STAGE = r"temporal_layers\.recipes\.stages\.(\w+)"
 def commands():
     """Shell words of every command line with our command in a code block, by page."""
     for page in PAGES:
-        for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+        for block in (text for language, text in blocks if language in ("", "sh", "bash")):
             for line in block.replace("\\\n", " ").splitlines():
                 line = re.sub(STAGE, r"temporal-layers train \1", line)
                 found = re.search(r"(?:temporal-layers|temporal_layers\.recipes\.cli) +(.*)", line)
