@@ -75,6 +75,11 @@ class ContextStageConfig:
                 f"{who}.start_from: expected 'shipped', 'scratch' or a folder of saved temporal layers, got "
                 f"{self.start_from!r}, which is no folder"
             )
+        if self.engine.validate_every and (self.clips.latents == "streamed" or not self.held_out):
+            raise ValueError(
+                f"{who}.engine.validate_every: expected 0 without held-out clips, got {self.engine.validate_every}; "
+                "set held_out, with cached latents"
+            )
         if self.start_from == "shipped" and self.clips.model:
             raise ValueError(
                 f"{who}.start_from: expected 'scratch' or a folder with clips.model={self.clips.model!r}, got "
@@ -147,6 +152,7 @@ def run_context_stage(
         run=run,
         engine=config.engine,
         on_checkpoint=lambda made, step: made.save_pretrained(config.out / f"adapter-{step}") if run else None,
+        validate=None if rest is None else lambda step: _numbers(effects, base, rest),
     )
     if run is not None:
         adapter = save_trained(adapter, config.out, train=config.train)
@@ -156,6 +162,20 @@ def run_context_stage(
         result = {"seconds": time.perf_counter() - started, "loss": sum(tail) / len(tail), "held_out": held_out}
         run.write("result.json", result)
     return adapter
+
+
+def _numbers(
+    effects: Callable[[VideoBase, Tensor, Conditioning], dict[str, Any]],
+    base: VideoBase,
+    held_out: tuple[Tensor, Conditioning],
+) -> dict[str, float]:
+    """The effects during training, by flat names."""
+    base.unet.eval()
+    try:
+        found = effects(base, *held_out)
+    finally:
+        base.unet.train()
+    return {f"{name}/{key}": value for name, row in found.items() for key, value in row.items()}
 
 
 def split_clips(clips: Clips, held_out: int, length: int) -> tuple[Clips, tuple[Tensor, Conditioning] | None]:

@@ -27,7 +27,7 @@ from temporal_layers.recipes.stages.interpolate import (
 )
 from temporal_layers.recipes.stages.predict import PredictConfig, predict_samples, train_predict
 from temporal_layers.recipes.stages.video import VideoObjective
-from temporal_layers.recipes.training.engine import OptimConfig
+from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig
 from temporal_layers.recipes.training.streams import SampleStream
 
 TINY = ImageLDMConfig(
@@ -216,12 +216,16 @@ def test_a_run_from_the_command_line(stage, tmp_path):
     flags = ["--out", str(out), "--optim.steps", "1", "--optim.batch-size", "1", "--held-out", "2"]
     flags += ["--clips.data.clips", "3", "--clips.data.clip-frames", "17", "--clips.loader.workers", "0"]
     flags += ["--train", "all"] if stage == "interpolate" else ["--num-frames", "4", "--max-noise-level", "20"]
+    flags += ["--engine.validate-every", "1"]
     assert cli.main(["train", stage, *flags]) == 0
     result = json.loads((out / "result.json").read_text())
     names = {"predict": ["1 given", "2 given"], "interpolate": ["stride 4", "stride 1"]}[stage]
     assert list(result["held_out"]) == names
     assert set(result["held_out"][names[0]]) == {"given", "swapped", "none"}
-    assert len((out / "losses.jsonl").read_text().splitlines()) == 1
+    step, validation = map(json.loads, (out / "losses.jsonl").read_text().splitlines())
+    assert "loss" in step and validation[f"validation/{names[0]}/given"] == pytest.approx(
+        result["held_out"][names[0]]["given"]
+    )
     assert json.loads((out / "config.json").read_text())["held_out"] == 2 and (out / "versions.json").is_file()
     base = LabelBase(load_shipped())
     if stage == "interpolate":
@@ -269,6 +273,13 @@ def test_held_out_clips_are_the_last_ones():
 def test_settings_out_of_range(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_validation_needs_held_out_clips():
+    with pytest.raises(
+        ValueError, match=r"PredictConfig.engine.validate_every: expected 0 without held-out clips, got 5"
+    ):
+        PredictConfig(engine=EngineConfig(validate_every=5), held_out=0)
 
 
 def test_training_refuses_what_it_cannot_do(base):
