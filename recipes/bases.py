@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from temporal_layers.recipes.image_ldm import ImageLDM
+from temporal_layers.recipes.denoising import matches_flows
+from temporal_layers.recipes.image_ldm import ImageLDM, load_shipped
 
 Conditioning = dict[str, Tensor]
 """Tensors by name, each with one row a clip; empty for an unconditional model."""
@@ -107,7 +108,7 @@ class PipelineBase:
 
     Args:
         pipeline: With a ``unet`` that temporal layers can be injected into. Its scheduler is replaced by DDIM with the
-            same noise schedule, so that sampling is deterministic.
+            same noise schedule, so that sampling is deterministic; one that matches flows stays.
 
     Raises:
         ValueError: If the pipeline has no UNet of a known kind, or its text encoder cannot be called.
@@ -129,7 +130,9 @@ class PipelineBase:
         self.vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
         if self.vae is not None:
             self.vae.eval().requires_grad_(False)
-        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        self.scheduler = pipeline.scheduler
+        if not matches_flows(self.scheduler):
+            self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         size = unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -202,12 +205,14 @@ class PipelineBase:
         return self.unet(noisy, timesteps, encoder_hidden_states=conditioning["encoder_hidden_states"], **extra).sample
 
 
-def load_base(name: str | Path) -> VideoBase:
+def load_base(name: str | Path = "") -> VideoBase:
     """Load an image model: a folder written by ``ImageLDM.save_pretrained``, or any pipeline diffusers can load.
 
     Args:
-        name: Folder, or repository on the Hugging Face hub.
+        name: Folder, or repository on the Hugging Face hub; empty for the model that comes with the package.
     """
+    if not str(name):
+        return LabelBase(load_shipped())
     index = Path(name) / "model_index.json"
     if index.is_file() and '"ImageLDM"' in index.read_text():
         return LabelBase(ImageLDM.from_pretrained(name))

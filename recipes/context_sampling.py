@@ -23,7 +23,7 @@ from temporal_layers.recipes.conditioning import (
     prediction_mask,
     signal_levels,
 )
-from temporal_layers.recipes.stages.denoising import clip_noise
+from temporal_layers.recipes.denoising import Sampler, clip_noise
 from temporal_layers.recipes.training.streams import generator_at
 
 
@@ -125,9 +125,8 @@ def _denoise(
     options: ContextSampling,
     draw: ClipNoise,
 ) -> Tensor:
-    scheduler = type(base.scheduler).from_config(base.scheduler.config)
-    scheduler.set_timesteps(options.num_inference_steps)
-    latents = draw(options.noise_correlation).to(base.unet.device, base.unet.dtype) * scheduler.init_noise_sigma
+    sampler = Sampler(base.scheduler, options.num_inference_steps, options.eta)
+    latents = sampler.start(draw(options.noise_correlation).to(base.unet.device, base.unet.dtype))
     branches = [(context, conditioning)]
     by_context = options.context_scale != 1
     by_text = options.guidance_scale != 1 and bool(conditioning)
@@ -138,7 +137,7 @@ def _denoise(
         branches.append((context, free))
     contexts = torch.cat([branch for branch, _ in branches])
     rows = {name: torch.cat([branch[name] for _, branch in branches]) for name in conditioning}
-    for timestep in scheduler.timesteps:
+    for timestep in sampler.timesteps:
         output = base.predict(torch.cat([latents] * len(branches)), timestep, rows, frame_context=contexts)
         outputs = list(output.chunk(len(branches)))
         guided = joint_guidance(
@@ -148,8 +147,7 @@ def _denoise(
             context_scale=options.context_scale,
             text_scale=options.guidance_scale,
         )
-        fresh = draw().to(latents) if options.eta else None
-        latents = scheduler.step(guided, timestep, latents, eta=options.eta, variance_noise=fresh).prev_sample
+        latents = sampler.step(guided, timestep, latents, draw)
     return latents
 
 

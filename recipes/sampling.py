@@ -11,6 +11,7 @@ from torch import Tensor
 
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.recipes.bases import Conditioning, VideoBase
+from temporal_layers.recipes.denoising import Sampler
 
 
 @torch.no_grad()
@@ -46,8 +47,7 @@ def sample_clips(
     Raises:
         ValueError: If eta is out of range.
     """
-    if not 0 <= eta < 1:  # at 1, rounding takes a step from a signal of zero to the root of a negative number
-        raise ValueError(f"sample_clips: eta: expected a value from 0 to below 1, got {eta}; use 0.99 in place of 1")
+    sampler = Sampler(base.scheduler, num_inference_steps, eta)
     num_frames = noise.shape[2]
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -59,7 +59,7 @@ def sample_clips(
         if frame_by_frame:
             some = {name: value.repeat_interleave(num_frames, dim=0) for name, value in some.items()}
             start = fold_frames(start)
-        latents = _denoise(base, some, start, num_inference_steps, guidance_scale, eta, draw)
+        latents = _denoise(base, some, start, sampler, guidance_scale, draw)
         latents = latents if frame_by_frame else fold_frames(latents)
         parts.append(unfold_frames(base.decode(latents).cpu(), num_frames))
     return torch.cat(parts)
@@ -73,25 +73,21 @@ def _denoise(
     base: VideoBase,
     conditioning: Conditioning,
     noise: Tensor,
-    steps: int,
+    sampler: Sampler,
     guidance_scale: float,
-    eta: float,
     draw: Callable[[], Tensor],
 ) -> Tensor:
-    scheduler = type(base.scheduler).from_config(base.scheduler.config)
-    scheduler.set_timesteps(steps)
     device = base.unet.device
-    latents = noise.to(device, base.unet.dtype) * scheduler.init_noise_sigma
+    latents = sampler.start(noise.to(device, base.unet.dtype))
     conditioning = {name: value.to(device) for name, value in conditioning.items()}
     guided = guidance_scale != 1 and bool(conditioning)
     if guided:
         free = base.no_conditioning(len(noise))
         conditioning = {name: torch.cat([free[name].to(device), value]) for name, value in conditioning.items()}
-    for timestep in scheduler.timesteps:
+    for timestep in sampler.timesteps:
         output = base.predict(torch.cat([latents, latents]) if guided else latents, timestep, conditioning)
         if guided:
             without, given = output.chunk(2)
             output = without + guidance_scale * (given - without)
-        fresh = draw().to(latents) if eta else None
-        latents = scheduler.step(output, timestep, latents, eta=eta, variance_noise=fresh).prev_sample
+        latents = sampler.step(output, timestep, latents, draw)
     return latents

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.recipes.bases import Conditioning
+from temporal_layers.recipes.denoising import Sampler
 from temporal_layers.recipes.metrics import clip_frechet, frame_difference
 from temporal_layers.recipes.stages.image import psnr
 from temporal_layers.recipes.training.streams import generator_at
@@ -57,16 +58,17 @@ def upscale_clips(
     Raises:
         ValueError: If an argument is out of range.
     """
-    _check(upscaler, low_res, noise_level, eta, window, overlap)
+    _check(upscaler, low_res, noise_level, window, overlap)
+    sampler = Sampler(upscaler.scheduler, num_inference_steps, eta)
     conditioning = upscaler.conditioning([""] * len(low_res)) if conditioning is None else conditioning
     parts = []
     for first in range(0, len(low_res), batch_size):
         rows = range(first, min(first + batch_size, len(low_res)))
         some = {name: value[rows.start : rows.stop].to(upscaler.device) for name, value in conditioning.items()}
-        sampler = _Sampler(upscaler, some, frame_by_frame, guidance_scale, windows(low_res.shape[2], window, overlap))
+        loop = _Loop(upscaler, some, frame_by_frame, guidance_scale, windows(low_res.shape[2], window, overlap))
         generators = [generator_at(seed, row, "upscaling") for row in rows]
         given, levels = _given(upscaler, low_res[rows.start : rows.stop], noise_level, generators)
-        result = sampler(given, levels, num_inference_steps, eta, generators)
+        result = loop(sampler, given, levels, generators)
         frames = upscaler.decode(fold_frames(result)).cpu()
         parts.append(unfold_frames(frames, low_res.shape[2]))
     return torch.cat(parts)
@@ -86,7 +88,7 @@ def windows(num_frames: int, window: int, overlap: int = 0) -> list[range]:
     return [range(start, start + window) for start in starts]
 
 
-def _check(upscaler: Upscaler, low_res: Tensor, noise_level: int, eta: float, window: int, overlap: int) -> None:
+def _check(upscaler: Upscaler, low_res: Tensor, noise_level: int, window: int, overlap: int) -> None:
     if low_res.ndim != 5 or low_res.shape[1] != 3 or 0 in low_res.shape:
         raise ValueError(
             f"upscale_clips: low_res: expected (clips, 3, frames, height, width), got {tuple(low_res.shape)}; "
@@ -95,8 +97,6 @@ def _check(upscaler: Upscaler, low_res: Tensor, noise_level: int, eta: float, wi
     last = upscaler.low_res_scheduler.config.num_train_timesteps - 1
     if not 0 <= noise_level <= last:
         raise ValueError(f"upscale_clips: noise_level: expected 0 to {last}, got {noise_level}")
-    if not 0 <= eta < 1:  # at 1, rounding takes a step from a signal of zero to the root of a negative number
-        raise ValueError(f"upscale_clips: eta: expected a value from 0 to below 1, got {eta}; use 0.99 in place of 1")
     if not 0 <= overlap < window:
         raise ValueError(
             f"upscale_clips: overlap: expected 0 to below window={window}, got {overlap}; windows have to move on"
@@ -113,7 +113,7 @@ def _given(
     return upscaler.augmented(enlarged.to(upscaler.device), noise.to(upscaler.device), levels), levels
 
 
-class _Sampler:
+class _Loop:
     """The denoising loop of a few clips."""
 
     def __init__(
@@ -134,19 +134,16 @@ class _Sampler:
         self.conditioning = conditioning
 
     def __call__(
-        self, given: Tensor, levels: Tensor, steps: int, eta: float, generators: list[torch.Generator]
+        self, sampler: Sampler, given: Tensor, levels: Tensor, generators: list[torch.Generator]
     ) -> Float[Tensor, "b c f h w"]:
         def drawn() -> Tensor:
             shape = (self.upscaler.channels, *given.shape[2:])
             return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(given)
 
-        scheduler = type(self.upscaler.scheduler).from_config(self.upscaler.scheduler.config)
-        scheduler.set_timesteps(steps)
-        result = drawn() * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
+        result = sampler.start(drawn())
+        for timestep in sampler.timesteps:
             output = self._averaged(result, timestep, given, levels)
-            fresh = drawn() if eta else None
-            result = scheduler.step(output, timestep, result, eta=eta, variance_noise=fresh).prev_sample
+            result = sampler.step(output, timestep, result, drawn)
         return result
 
     def _averaged(self, noisy: Tensor, timestep: Tensor, given: Tensor, levels: Tensor) -> Tensor:

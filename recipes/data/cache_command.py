@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,14 +10,12 @@ from typing import Literal
 
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 
-from temporal_layers.recipes.bases import LabelBase, VideoBase, load_base
+from temporal_layers.recipes.bases import load_base
 from temporal_layers.recipes.data.cache import CacheConfig, CachedClips
-from temporal_layers.recipes.data.cache_writer import write_cache
+from temporal_layers.recipes.data.cache_writer import base_identity, write_cache
 from temporal_layers.recipes.data.loader import LoaderConfig
 from temporal_layers.recipes.data.sources import DataConfig, make_source
-from temporal_layers.recipes.image_ldm import SHIPPED_WEIGHTS
 from temporal_layers.recipes.training.configs import parse
 
 
@@ -28,7 +25,7 @@ class CacheCommandConfig:
 
     Attributes:
         out: Folder of the cache.
-        base: ``shipped``, a folder with an image model, or a repository on the Hugging Face hub.
+        model: Folder or repository of an image model; empty for the one that comes with the package.
         data: Which videos.
         size: Height and width of the frames; those of the model if None.
         fps: Rate of the clips; that of each video if None.
@@ -43,7 +40,7 @@ class CacheCommandConfig:
     """
 
     out: Path = Path("runs/cache")
-    base: str = "shipped"
+    model: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     size: tuple[int, int] | None = None
     fps: float | None = None
@@ -57,28 +54,6 @@ class CacheCommandConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
 
-def base_identity(name: str, base: VideoBase) -> str:
-    """A name that changes with the weights that make latents and conditioning.
-
-    Args:
-        name: What the user calls the model.
-        base: The model, loaded.
-    """
-    if isinstance(base, LabelBase):
-        parts = [base.ldm.vae]  # the conditioning is the label itself
-    else:
-        pipeline = getattr(base, "pipeline", None)
-        names = ("vae", "vqvae", "text_encoder", "text_encoder_2")
-        parts = [getattr(pipeline, part, None) for part in names]
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        if isinstance(part, nn.Module):
-            for key, tensor in part.state_dict().items():
-                digest.update(f"{key} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().double().numpy().tobytes())
-    return f"{name} {digest.hexdigest()}"
-
-
 def run_cache(config: CacheCommandConfig) -> CachedClips:
     """Write the cache, or go on with it, and open it.
 
@@ -86,9 +61,9 @@ def run_cache(config: CacheCommandConfig) -> CachedClips:
         ValueError: As ``make_source`` and ``write_cache``.
     """
     source = make_source(config.data)
-    base = load_base(SHIPPED_WEIGHTS if config.base == "shipped" else config.base).to(config.device)
+    base = load_base(config.model).to(config.device)
     settings = CacheConfig(
-        base=base_identity(config.base, base),
+        base=base_identity(base),
         size=config.size or base.frame_size,
         fps=config.fps,
         stride=config.stride,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from temporal_layers.recipes.bases import VideoBase
+from temporal_layers.recipes.bases import LabelBase, VideoBase
 from temporal_layers.recipes.data.cache import DTYPES, FORMAT, CacheConfig, CachedClip, check_same, fingerprint, plain
 from temporal_layers.recipes.data.decoding import DecoderName, Window, make_decoder
 from temporal_layers.recipes.data.loader import BadVideos, LoaderConfig
@@ -26,6 +27,27 @@ _ROWS_PER_FILE = 256
 
 Content = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors of a file, and what its header says about them."""
+
+
+def base_identity(base: VideoBase) -> str:
+    """What `CacheConfig.base` is to be: it changes with the weights that make latents and conditioning.
+
+    Args:
+        base: The image model, by whatever name it was loaded.
+    """
+    if isinstance(base, LabelBase):
+        parts = [base.ldm.vae]  # the conditioning is the label itself
+    else:
+        pipeline = getattr(base, "pipeline", None)
+        names = ("vae", "vqvae", "text_encoder", "text_encoder_2")
+        parts = [getattr(pipeline, part, None) for part in names]
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        if isinstance(part, nn.Module):
+            for key, tensor in part.state_dict().items():
+                digest.update(f"{key} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().double().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_cache(
@@ -85,7 +107,7 @@ def write_cache(
         os.replace(partial, path)
         if progress is not None:
             progress(number + 1, len(mine))
-    if all(path.is_file() for path in parts):
+    if not (folder / "index.json").is_file() and all(path.is_file() for path in parts):
         _write_json(folder / "index.json", {"files": [path.name for path in parts]})
     return bad
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -13,14 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from temporal_layers import fold_frames, unfold_frames
-from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase, load_base
+from temporal_layers.recipes.bases import Conditioning, VideoBase
 from temporal_layers.recipes.data.cache import CacheConfig, CachedClips
-from temporal_layers.recipes.data.cache_writer import write_cache
+from temporal_layers.recipes.data.cache_writer import base_identity, write_cache
 from temporal_layers.recipes.data.loader import ClipBatch, LoaderConfig, open_stream
 from temporal_layers.recipes.data.sampling import Bucket, SamplingConfig
 from temporal_layers.recipes.data.sources import DataConfig, make_source
 from temporal_layers.recipes.driving import DrivingClip, DrivingConfig, DrivingCorpus
-from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.training.streams import Batch, Stream
 
 DRIVING_FPS = 10.0
@@ -38,7 +38,8 @@ class ClipsConfig:
         data: The videos.
         latents: ``cached`` encodes every video once, before the training; ``streamed`` decodes and encodes windows as
             they are needed, with random crops, which suits a corpus too large for a cache.
-        cache: Folder of the latents, kept for other runs; ``cache`` in the folder of the run if None.
+        cache: Folder of the latents, which other runs and ``temporal-layers data cache`` share; ``cache`` in the folder
+            of the run if None.
         fps: Rate of the clips; None keeps that of the videos.
         stride: Or: every ``stride``-th frame.
         max_frames: Frames of a video that are cached, from its beginning; None for all.
@@ -112,6 +113,33 @@ class TensorClips:
         return {name: value[index : index + 1] for name, value in self.rows.items()}
 
 
+class ChosenClips:
+    """Some of the clips of others.
+
+    Args:
+        clips: All of them.
+        indices: Of those to take.
+    """
+
+    def __init__(self, clips: Clips, indices: Sequence[int]) -> None:
+        self.clips, self.indices = clips, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def num_frames(self, index: int) -> int:
+        """As in `Clips`."""
+        return self.clips.num_frames(self.indices[index])
+
+    def latents(self, index: int, start: int = 0, stop: int | None = None) -> Float[Tensor, "c frames h w"]:
+        """As in `Clips`."""
+        return self.clips.latents(self.indices[index], start, stop)
+
+    def conditioning(self, index: int) -> Conditioning:
+        """As in `Clips`."""
+        return self.clips.conditioning(self.indices[index])
+
+
 def check_clips(who: str, clips: Clips, num_frames: int) -> None:
     """Raise a ValueError unless there are clips, all of ``num_frames`` frames or more."""
     shortest = min((clips.num_frames(index) for index in range(len(clips))), default=None)
@@ -123,36 +151,21 @@ def check_clips(who: str, clips: Clips, num_frames: int) -> None:
         )
 
 
-def open_base(model: str) -> VideoBase:
-    """The image model of a name; the one that comes with the package for an empty one."""
-    return load_base(model) if model else LabelBase(load_shipped())
-
-
-def open_clips(
-    base: VideoBase, config: ClipsConfig, *, out: Path, min_frames: int, accelerator: Accelerator
-) -> CachedClips:
-    """The cached clips of a stage, encoded now if they were not before.
+def open_clips(base: VideoBase, config: ClipsConfig, *, out: Path, min_frames: int, accelerator: Accelerator) -> Clips:
+    """The cached clips of a stage, encoded now if no stage and no ``temporal-layers data cache`` did before.
 
     Args:
         base: The image model.
         config: Which videos, at which rate.
         out: Folder of the run.
-        min_frames: Shorter videos are left out and reported.
+        min_frames: Shorter clips are left out and reported.
         accelerator: Processes, which share the work.
 
     Raises:
-        ValueError: If the cache is of something else, or too many videos are bad.
+        ValueError: If the cache is of something else, too many videos are bad, or no clip is long enough.
     """
-    source = make_source(config.data)
-    wanted = CacheConfig(
-        base=config.model or "shipped",
-        size=base.frame_size,
-        fps=config.fps,
-        stride=config.stride,
-        max_frames=config.max_frames,
-        min_frames=min_frames,
-    )
-    folder = config.cache or out / "cache"
+    source, folder = make_source(config.data), config.cache or out / "cache"
+    wanted = _cache_config(base, config, folder)
     if not (folder / "index.json").is_file():
         accelerator.print(f"encoding {len(source)} videos into {folder}")
     bad = write_cache(
@@ -167,7 +180,28 @@ def open_clips(
     if bad.reasons:
         print(bad)
     accelerator.wait_for_everyone()
-    return CachedClips(folder, config=wanted, source=source)
+    clips = CachedClips(folder, config=wanted, source=source)
+    long = [index for index in range(len(clips)) if clips.num_frames(index) >= min_frames]
+    if len(long) == len(clips):
+        return clips
+    accelerator.print(f"{len(clips) - len(long)} of {len(clips)} clips have fewer than {min_frames} frames: left out")
+    return ChosenClips(clips, long)
+
+
+def _cache_config(base: VideoBase, config: ClipsConfig, folder: Path) -> CacheConfig:
+    """What a cache must hold; what says nothing about whether it can be used is as it is in one that is there."""
+    free: dict[str, Any] = {}
+    if (folder / "cache.json").is_file():
+        stored = json.loads((folder / "cache.json").read_text())
+        names = ("min_frames", "dtype", "items_per_file", *(() if config.max_frames else ("max_frames",)))
+        free = {name: stored[name] for name in names if name in stored}
+    return CacheConfig(
+        base=base_identity(base),
+        size=base.frame_size,
+        fps=config.fps,
+        stride=config.stride,
+        **{"max_frames": config.max_frames, **free},
+    )
 
 
 def open_pixels(

@@ -16,8 +16,9 @@ from torch import Tensor
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of, inject
 from temporal_layers.recipes.bases import Conditioning, VideoBase
 from temporal_layers.recipes.conditioning import ContextPlanes, augment, signal_levels
+from temporal_layers.recipes.denoising import noised
+from temporal_layers.recipes.stages.clip_samples import ClipSamples
 from temporal_layers.recipes.stages.clips import Clips, check_clips
-from temporal_layers.recipes.stages.denoising import ClipSamples, noised
 from temporal_layers.recipes.stages.temporal import Trained, fit_adapter, trainable_adapter
 from temporal_layers.recipes.stages.video import VideoObjective
 from temporal_layers.recipes.training.engine import OptimConfig

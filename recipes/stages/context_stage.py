@@ -13,8 +13,8 @@ from torch import Tensor
 
 from temporal_layers.adapters import TemporalAdapter
 from temporal_layers.config import Inject, check_at_least, check_choice
-from temporal_layers.recipes.bases import Conditioning, VideoBase
-from temporal_layers.recipes.stages.clips import Clips, ClipsConfig, open_base, open_clips, open_pixels
+from temporal_layers.recipes.bases import Conditioning, VideoBase, load_base
+from temporal_layers.recipes.stages.clips import ChosenClips, Clips, ClipsConfig, open_clips, open_pixels
 from temporal_layers.recipes.stages.context import ContextSamples, LossOver, train_context
 from temporal_layers.recipes.stages.temporal import Trained, alphas, save_trained
 from temporal_layers.recipes.stages.video import SHIPPED_ADAPTER
@@ -87,22 +87,6 @@ class ContextStageConfig:
             )
 
 
-class FirstClips:
-    """The first of some clips.
-
-    Args:
-        clips: All of them.
-        count: Of the first ones.
-    """
-
-    def __init__(self, clips: Clips, count: int) -> None:
-        self.count = count
-        self.num_frames, self.latents, self.conditioning = clips.num_frames, clips.latents, clips.conditioning
-
-    def __len__(self) -> int:
-        return self.count
-
-
 def run_context_stage(
     config: ContextStageConfig,
     *,
@@ -128,7 +112,7 @@ def run_context_stage(
     accelerator = make_accelerator(config.engine, config.out)
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
     started = time.perf_counter()
-    base = open_base(config.clips.model).to(accelerator.device)
+    base = load_base(config.clips.model).to(accelerator.device)
     if config.start_from != "scratch":
         folder = SHIPPED_ADAPTER if config.start_from == "shipped" else config.start_from
         TemporalAdapter.from_pretrained(base.unet, folder)
@@ -157,10 +141,7 @@ def run_context_stage(
     if run is not None:
         adapter = save_trained(adapter, config.out, train=config.train)
         run.write("alphas.json", alphas(adapter))
-        tail = history[-max(1, len(history) // 10) :]
-        held_out = None if rest is None else effects(base, *rest)
-        result = {"seconds": time.perf_counter() - started, "loss": sum(tail) / len(tail), "held_out": held_out}
-        run.write("result.json", result)
+        run.finish(history, started=started, held_out=None if rest is None else effects(base, *rest))
     return adapter
 
 
@@ -194,4 +175,4 @@ def split_clips(clips: Clips, held_out: int, length: int) -> tuple[Clips, tuple[
         )
     rows = [clips.conditioning(index) for index in range(count, len(clips))]
     latents = torch.stack([clips.latents(index, 0, length).float() for index in range(count, len(clips))])
-    return FirstClips(clips, count), (latents, {key: torch.cat([row[key] for row in rows]) for key in rows[0]})
+    return ChosenClips(clips, range(count)), (latents, {key: torch.cat([row[key] for row in rows]) for key in rows[0]})

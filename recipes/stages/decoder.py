@@ -291,9 +291,7 @@ def run_decoder_stage(config: DecoderConfig) -> dict[str, dict[str, float]]:
         _save(adapter, config)
         if held_out is not None:
             held_out.show(config.out)
-        tail = history[-max(1, len(history) // 10) :]
-        seconds = round(time.perf_counter() - started, 1)
-        run.write("result.json", {**result, "loss": sum(tail) / len(tail), "seconds": seconds})
+        run.finish(history, started=started, **result)
     return result
 
 

@@ -23,10 +23,9 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase
+from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase, load_base
+from temporal_layers.recipes.denoising import noised
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
-from temporal_layers.recipes.stages.clips import open_base
-from temporal_layers.recipes.stages.denoising import noised
 from temporal_layers.recipes.stages.dreambooth_preview import Preview, PreviewConfig
 from temporal_layers.recipes.stages.loras import add_lora, lora_parameters
 from temporal_layers.recipes.stages.personal import (
@@ -325,7 +324,7 @@ def run_dreambooth_stage(config: DreamBoothConfig) -> VideoBase:
     started = time.perf_counter()
     accelerator = make_accelerator(config.engine, config.out)
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
-    base = open_base(config.model)
+    base = load_base(config.model)
     frames = subject_frames() if config.images is None else load_images(config.images, base.frame_size)
     prompt, class_prompt = _prompts(base, config)
     base.to(accelerator.device)
@@ -355,11 +354,7 @@ def run_dreambooth_stage(config: DreamBoothConfig) -> VideoBase:
     )
     if run is not None:
         save_personal(base, config.out, lora=LORA if config.lora_rank else None)
-        tail = history[-max(1, len(history) // 10) :]
-        result = {"seconds": time.perf_counter() - started, "loss": sum(tail) / len(tail)}
-        if preview is not None:
-            result |= preview.compare(config.out / "preview.png")
-        run.write("result.json", result)
+        run.finish(history, started=started, **({} if preview is None else preview.compare(config.out / "preview.png")))
     return base
 
 

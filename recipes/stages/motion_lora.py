@@ -23,9 +23,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from temporal_layers.adapters import TemporalAdapter, adapter_of
-from temporal_layers.recipes.bases import Conditioning, VideoBase
-from temporal_layers.recipes.stages.clips import DRIVING, Clips, ClipsConfig, check_clips, open_base, open_clips
-from temporal_layers.recipes.stages.denoising import ClipSamples, noised
+from temporal_layers.recipes.bases import Conditioning, VideoBase, load_base
+from temporal_layers.recipes.denoising import noised
+from temporal_layers.recipes.stages.clip_samples import ClipSamples
+from temporal_layers.recipes.stages.clips import DRIVING, Clips, ClipsConfig, check_clips, open_clips
 from temporal_layers.recipes.stages.loras import LORA_FILE, add_lora, load_lora
 from temporal_layers.recipes.stages.personal import is_injected
 from temporal_layers.recipes.stages.video import SHIPPED_ADAPTER
@@ -293,7 +294,7 @@ def run_motion_lora_stage(config: MotionLoraConfig) -> VideoBase:
     started = time.perf_counter()
     accelerator = make_accelerator(config.engine, config.out)
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
-    base = open_base(config.clips.model)
+    base = load_base(config.clips.model)
     TemporalAdapter.from_pretrained(base.unet, config.adapter or SHIPPED_ADAPTER)
     base.to(accelerator.device)
     clips: Clips = open_clips(base, config.clips, out=config.out, min_frames=config.num_frames, accelerator=accelerator)
@@ -313,8 +314,7 @@ def run_motion_lora_stage(config: MotionLoraConfig) -> VideoBase:
     )
     if run is not None:
         save_motion_lora(base.unet, config.out / "lora")
-        tail = history[-max(1, len(history) // 10) :]
-        run.write("result.json", {"seconds": time.perf_counter() - started, "loss": sum(tail) / len(tail)})
+        run.finish(history, started=started)
     return base
 
 

@@ -341,9 +341,7 @@ def run_upscale_stage(config: UpscaleConfig) -> Upscaler:
         if run is not None:
             save_trained(adapter, config.out, train=config.train)
     if run is not None:
-        tail = history[-max(1, len(history) // 10) :]
-        result = {"seconds": time.perf_counter() - started, "loss": sum(tail) / len(tail)}
-        run.write("result.json", result if held_out is None else {**result, "held_out": measure()})
+        run.finish(history, started=started, **({} if held_out is None else {"held_out": measure()}))
     return upscaler
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.recipes.bases import Conditioning
-from temporal_layers.recipes.stages.denoising import noised
+from temporal_layers.recipes.denoising import noised
 from temporal_layers.recipes.stages.image_objectives import as_float
 from temporal_layers.recipes.training.streams import Batch, Shuffled, generator_at
 from temporal_layers.recipes.upscaler import Upscaler, shrunk

@@ -8,6 +8,7 @@ import torch
 
 from temporal_layers.recipes.bases import VideoBase
 from temporal_layers.recipes.data.video_io import write_video
+from temporal_layers.recipes.denoising import matches_flows
 from temporal_layers.recipes.metrics import frame_difference, motion_agreement
 from temporal_layers.recipes.sampling import sample_clips
 from temporal_layers.recipes.sheets import contact_sheet
@@ -61,7 +62,7 @@ class ClipValidation:
                 self.noise,
                 num_inference_steps=config.sampling_steps,
                 guidance_scale=config.guidance_scale,
-                eta=0.99,
+                eta=0.0 if matches_flows(self.base.scheduler) else 0.99,
                 seed=config.seed,
             )
         finally:

@@ -21,17 +21,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig
-from temporal_layers.recipes.bases import LabelBase, VideoBase
+from temporal_layers.recipes.bases import LabelBase, VideoBase, load_base
+from temporal_layers.recipes.denoising import noised
 from temporal_layers.recipes.image_ldm import load_shipped
+from temporal_layers.recipes.stages.clip_samples import ClipSamples
 from temporal_layers.recipes.stages.clips import (
     Clips,
     ClipsConfig,
     check_clips,
-    open_base,
     open_clips,
     open_pixels,
 )
-from temporal_layers.recipes.stages.denoising import ClipSamples, noised
 from temporal_layers.recipes.stages.temporal import Trained, alphas, fit_adapter, save_trained, trainable_adapter
 from temporal_layers.recipes.stages.validation import ClipValidation, ValidationConfig
 from temporal_layers.recipes.training.configs import parse, read
@@ -128,7 +128,7 @@ class VideoObjective(nn.Module):
 
 def train_video(
     base: VideoBase,
-    clips: Clips,
+    clips: Clips | ClipsConfig,
     config: OptimConfig = DEFAULT_OPTIM,
     *,
     num_frames: int,
@@ -145,7 +145,8 @@ def train_video(
 
     Args:
         base: The image model.
-        clips: Latents and conditioning, in memory (`TensorClips`) or in a cache (`CachedClips`).
+        clips: Latents and conditioning, in memory (`TensorClips`) or in a cache (`CachedClips`); or which videos to
+            decode and encode as they are needed, with the base on the device of the training.
         config: Steps, learning rate and so on.
         num_frames: Frames of a training window.
         temporal: What to inject; the paper's layout if None.
@@ -166,14 +167,16 @@ def train_video(
         ValueError: If there are no clips, one is shorter than ``num_frames``, ``temporal`` is given for a UNet that
             has temporal layers, or images are to be trained on with the image model frozen.
     """
-    check_clips("train_video", clips, num_frames)
-    if image_share and train == "temporal":
+    streamed = isinstance(clips, ClipsConfig)
+    if not streamed:
+        check_clips("train_video", clips, num_frames)
+    if image_share and (train == "temporal" or streamed):
         raise ValueError(
-            f"train_video: image_share: expected 0 with train='temporal', got {image_share}; images bypass the "
-            "temporal layers and train nothing there: set train='all'"
+            f"train_video: image_share: expected 0 with train='temporal', where images train nothing as they bypass "
+            f"the temporal layers, and with streamed clips; got {image_share}"
         )
     samples = ClipSamples(
-        clips,
+        None if streamed else clips,
         base.no_conditioning(1),
         num_frames=num_frames,
         num_timesteps=base.scheduler.config.num_train_timesteps,
@@ -182,53 +185,13 @@ def train_video(
         image_share=image_share,
         seed=seed,
     )
+    stream: Stream = SampleStream(samples)
+    if streamed:
+        stream = open_pixels(base, clips, samples.complete_batch, num_frames=num_frames, seed=seed)
     adapter = trainable_adapter(base.unet, temporal, train, seed=seed)
     objective = VideoObjective(base, list(samples.dropped), marks_images=image_share > 0)
     return fit_adapter(
-        adapter, objective, SampleStream(samples), config, train=train, seed=seed, on_checkpoint=on_checkpoint, **engine
-    )
-
-
-def train_video_on_stream(
-    base: VideoBase,
-    clips: ClipsConfig,
-    config: OptimConfig,
-    *,
-    num_frames: int,
-    temporal: TemporalConfig | None = None,
-    train: Trained = "temporal",
-    label_drop: float = 0.1,
-    noise_correlation: float = 0.0,
-    seed: int = 0,
-    **engine: Any,
-) -> tuple[TemporalAdapter, list[float]]:
-    """`train_video` on videos that are decoded and encoded as they are needed.
-
-    Args:
-        base: The image model, on the device of the training.
-        clips: Which videos.
-        config: Steps, learning rate and so on.
-        num_frames: Frames of a training window.
-        temporal: As in `train_video`.
-        train: As in `train_video`.
-        label_drop: As in `train_video`.
-        noise_correlation: As in `train_video`.
-        seed: Seed of the initial weights, the windows and the batches.
-        **engine: As in `train_video`.
-    """
-    samples = ClipSamples(
-        None,
-        base.no_conditioning(1),
-        num_frames=num_frames,
-        num_timesteps=base.scheduler.config.num_train_timesteps,
-        drop=label_drop,
-        correlation=noise_correlation,
-        seed=seed,
-    )
-    stream = open_pixels(base, clips, samples.complete_batch, num_frames=num_frames, seed=seed)
-    adapter = trainable_adapter(base.unet, temporal, train, seed=seed)
-    return fit_adapter(
-        adapter, VideoObjective(base, list(samples.dropped)), stream, config, train=train, seed=seed, **engine
+        adapter, objective, stream, config, train=train, seed=seed, on_checkpoint=on_checkpoint, **engine
     )
 
 
@@ -246,32 +209,33 @@ def run_video_stage(config: VideoConfig) -> TemporalAdapter:
     accelerator = make_accelerator(config.engine, config.out)
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
     started = time.perf_counter()
-    base = open_base(config.clips.model).to(accelerator.device)
+    base = load_base(config.clips.model).to(accelerator.device)
     if config.start_from is not None:
         TemporalAdapter.from_pretrained(base.unet, config.start_from)
-    options = {
-        "num_frames": config.num_frames,
-        "temporal": None if config.temporal is None else TemporalConfig.from_dict(read(config.temporal)),
-        "train": config.train,
-        "label_drop": config.label_drop,
-        "noise_correlation": config.noise_correlation,
-        "seed": config.seed,
-        "accelerator": accelerator,
-        "engine": config.engine,
-        "run": run,
-        "on_checkpoint": lambda made, step: made.save_pretrained(config.out / f"adapter-{step}") if run else None,
-        "validate": ClipValidation(base, config.validation, config.num_frames, run),
-    }
-    if config.clips.latents == "streamed":
-        adapter, history = train_video_on_stream(base, config.clips, config.optim, **options)
-    else:
+    clips: Clips | ClipsConfig = config.clips
+    if config.clips.latents == "cached":
         clips = open_clips(base, config.clips, out=config.out, min_frames=config.num_frames, accelerator=accelerator)
-        adapter, history = train_video(base, clips, config.optim, image_share=config.image_share, **options)
+    adapter, history = train_video(
+        base,
+        clips,
+        config.optim,
+        num_frames=config.num_frames,
+        temporal=None if config.temporal is None else TemporalConfig.from_dict(read(config.temporal)),
+        train=config.train,
+        label_drop=config.label_drop,
+        noise_correlation=config.noise_correlation,
+        image_share=config.image_share,
+        seed=config.seed,
+        accelerator=accelerator,
+        engine=config.engine,
+        run=run,
+        on_checkpoint=lambda made, step: made.save_pretrained(config.out / f"adapter-{step}") if run else None,
+        validate=ClipValidation(base, config.validation, config.num_frames, run),
+    )
     if run is not None:
         adapter = save_trained(adapter, config.out, train=config.train)
         run.write("alphas.json", alphas(adapter))
-        tail = history[-max(1, len(history) // 10) :]
-        run.write("result.json", {"seconds": time.perf_counter() - started, "loss": sum(tail) / len(tail)})
+        run.finish(history, started=started)
     return adapter
 
 

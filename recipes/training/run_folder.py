@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import platform
+import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,18 @@ class RunFolder:
         """Append one record to ``losses.jsonl``."""
         with self.losses.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
+
+    def finish(self, history: Sequence[float], *, started: float, **more: Any) -> None:
+        """Write ``result.json``: the mean loss of the last tenth of the steps, the seconds, and what else there is.
+
+        Args:
+            history: The loss of each step.
+            started: When the stage began, by ``time.perf_counter``.
+            **more: Further results.
+        """
+        tail = history[-max(1, len(history) // 10) :]
+        seconds = round(time.perf_counter() - started, 1)
+        self.write("result.json", {"seconds": seconds, "loss": sum(tail) / len(tail), **more})
 
     def records(self) -> list[dict[str, Any]]:
         """The records of ``losses.jsonl``, without a last line that was cut off."""

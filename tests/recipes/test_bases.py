@@ -2,10 +2,16 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
 from temporal_layers.recipes.bases import LabelBase, PipelineBase, load_base
+from temporal_layers.recipes.denoising import kind_of_prediction
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
+from temporal_layers.recipes.sampling import sample_clips
+from temporal_layers.recipes.stages.clips import TensorClips
+from temporal_layers.recipes.stages.validation import ClipValidation, ValidationConfig
+from temporal_layers.recipes.stages.video import train_video
+from temporal_layers.recipes.training.engine import OptimConfig
 
 
 def check_base(base, *, size, latent_shape):
@@ -75,3 +81,25 @@ def test_pipelines_without_a_known_unet_are_refused(stable_diffusion, unconditio
     unconditional.unet = StableDiffusionPipeline.from_pipe  # not a module either
     with pytest.raises(ValueError, match="got DDPMPipeline with"):
         PipelineBase(unconditional)
+
+
+def test_a_pipeline_that_matches_flows_is_trained_and_sampled_as_one(stable_diffusion):
+    stable_diffusion.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    base = PipelineBase(stable_diffusion)
+    assert kind_of_prediction(base.scheduler) == "flow"
+    clips = TensorClips(
+        torch.randn(2, *base.latent_shape)[:, :, None].expand(-1, -1, 3, -1, -1),
+        base.conditioning([0] * 2, ["day", "night"]),
+    )
+    config = OptimConfig(steps=2, batch_size=1, lr=1e-3)
+    _, losses = train_video(base, clips, config, num_frames=2, progress=False)
+    assert len(losses) == 2
+    noise = torch.randn(1, channels, 2, height, width)
+    frames = sample_clips(base, base.conditioning([0], ["day"]), noise, num_inference_steps=2, guidance_scale=2.0)
+    assert frames.shape == (1, 3, 2, *base.frame_size) and frames.isfinite().all()
+    validated = ClipValidation(base, ValidationConfig(prompts=("day",), sampling_steps=1), 2, None)(1)
+    assert validated["frame_difference"] >= 0
+
+
+def test_the_model_that_comes_with_the_package_has_no_name():
+    assert isinstance(load_base(), LabelBase) and load_base("").frame_size == (64, 96)

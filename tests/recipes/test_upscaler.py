@@ -195,13 +195,13 @@ def test_upscaling_a_linear_problem_gives_the_known_answer(upscaler, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"noise_level": 1000}, "noise_level: expected 0 to 999, got 1000"),
-        ({"eta": 1.0}, "eta: expected a value from 0 to below 1, got 1.0"),
-        ({"window": 4, "overlap": 4}, "overlap: expected 0 to below window=4, got 4"),
+        ({"noise_level": 1000}, "upscale_clips: noise_level: expected 0 to 999, got 1000"),
+        ({"eta": 1.0}, "Sampler: eta: expected a value from 0 to below 1, got 1.0"),
+        ({"window": 4, "overlap": 4}, "upscale_clips: overlap: expected 0 to below window=4, got 4"),
     ],
 )
 def test_upscaling_refuses_options_out_of_range(upscaler, options, message):
-    with pytest.raises(ValueError, match=f"upscale_clips: {message}"):
+    with pytest.raises(ValueError, match=message):
         upscale_clips(upscaler, make_low_res(), **options)
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
 from temporal_layers import fold_frames
@@ -18,7 +19,14 @@ from temporal_layers.recipes.data.video_io import write_video
 from temporal_layers.recipes.driving import LABELS
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.sampling import sample_clips
-from temporal_layers.recipes.stages.clips import ClipsConfig, TensorClips, driving_clips, encode_clips, open_pixels
+from temporal_layers.recipes.stages.clips import (
+    ClipsConfig,
+    TensorClips,
+    driving_clips,
+    encode_clips,
+    open_clips,
+    open_pixels,
+)
 from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.stages.temporal import alphas, trainable_adapter
 from temporal_layers.recipes.stages.video import VideoObjective, load_shipped_adapter, train_video
@@ -155,7 +163,7 @@ def test_fresh_noise_in_each_step_gives_the_distribution_of_the_data(base, monke
 
 @pytest.mark.parametrize("eta", [-0.1, 1.0])
 def test_sampling_refuses_an_eta_out_of_range(base, eta):
-    with pytest.raises(ValueError, match=r"sample_clips: eta: expected a value from 0 to below 1, got"):
+    with pytest.raises(ValueError, match=r"Sampler: eta: expected a value from 0 to below 1, got"):
         sample_clips(base, {}, make_latents(base), eta=eta)
 
 
@@ -194,7 +202,7 @@ def test_training_goes_on_with_layers_that_are_there(base):
 
 
 def test_images_are_refused_where_they_would_train_nothing(base):
-    with pytest.raises(ValueError, match=r"image_share: expected 0 with train='temporal', got 0\.5"):
+    with pytest.raises(ValueError, match=r"train_video: image_share: expected 0 with train='temporal', .* got 0\.5"):
         config = OptimConfig(steps=1, batch_size=1, lr=1.0)
         train_video(base, make_clips(base), config, num_frames=3, image_share=0.5)
 
@@ -255,6 +263,34 @@ def test_the_stage_leaves_an_adapter_that_loads(driver, tmp_path, latents):
     assert json.loads((run / "config.json").read_text())["clips"]["latents"] == latents
     assert {"config.json", "versions.json", "result.json"} <= {path.name for path in run.iterdir()}
     assert (run / "cache").exists() == (latents == "cached")
+
+
+def test_a_cache_is_shared_by_the_command_and_by_stages_of_other_lengths(driver, tmp_path, capsys):
+    words = small_stage(tmp_path, driver)
+    data = ["--data.path", "driving", "--data.clips", "2", "--data.clip-frames", "4", "--loader.workers", "0"]
+    data += ["--data.driving.height", "32", "--data.driving.width", "48", "--data.driving.fps", "10"]
+    where = ["--out", str(tmp_path / "cache"), "--model", str(tmp_path / "model"), "--dtype", "float16"]
+    assert cli.main(["data", "cache", *where, *data]) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    for frames in ("3", "4"):
+        out = tmp_path / frames
+        run_stage(out, *words, "--clips.cache", str(tmp_path / "cache"), "--num-frames", frames)
+        assert not (out / "run" / "cache").exists()
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == before
+    other = [*words, "--clips.cache", str(tmp_path / "cache"), "--clips.stride", "2"]
+    assert cli.main(["train", "video", "--out", str(tmp_path / "other"), *other]) == 1
+    assert "expected a cache of the same model, data and settings, got one with stride=1" in capsys.readouterr().err
+
+
+def test_cached_clips_that_are_too_short_are_left_out_and_reported(driver, tmp_path, capsys):
+    for name, frames in (("short", 2), ("long", 5)):
+        write_video(tmp_path / "videos" / f"{name}.mp4", torch.rand(3, frames, 16, 24), 8)
+    config = ClipsConfig(data=DataConfig(path=str(tmp_path / "videos")), loader=LoaderConfig(workers=0))
+    clips = open_clips(driver, config, out=tmp_path, min_frames=3, accelerator=Accelerator())
+    assert len(clips) == 1 and clips.num_frames(0) == 5 and clips.latents(0, 1, 4).shape == (4, 3, 8, 12)
+    assert clips.conditioning(0)["labels"].tolist() == [0]
+    assert "1 of 2 clips have fewer than 3 frames: left out" in capsys.readouterr().out
+    assert len(open_clips(driver, config, out=tmp_path, min_frames=2, accelerator=Accelerator())) == 2
 
 
 def test_streamed_clips_come_in_buckets(driver, tmp_path):
