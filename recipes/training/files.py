@@ -22,7 +22,7 @@ def sync(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file; a reader, or a crash, finds the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write the same file
     try:
         temporary.write_text(text)
         sync(temporary)

@@ -87,10 +87,8 @@ def test_a_pipeline_that_matches_flows_is_trained_and_sampled_as_one(stable_diff
     stable_diffusion.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     base = PipelineBase(stable_diffusion)
     assert kind_of_prediction(base.scheduler) == "flow"
-    clips = TensorClips(
-        torch.randn(2, *base.latent_shape)[:, :, None].expand(-1, -1, 3, -1, -1),
-        base.conditioning([0] * 2, ["day", "night"]),
-    )
+    channels, height, width = base.latent_shape
+    clips = TensorClips(torch.randn(2, channels, 3, height, width), base.conditioning([0, 0], ["day", "night"]))
     config = OptimConfig(steps=2, batch_size=1, lr=1e-3)
     _, losses = train_video(base, clips, config, num_frames=2, progress=False)
     assert len(losses) == 2
