@@ -150,12 +150,15 @@ def test_errors_that_are_not_the_disks_pass_as_they_are(tmp_path):
 def test_processes_that_write_one_file_leave_it_whole(tmp_path):
     script = tmp_path / "write.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\n"
+        "import sys, time\nfrom pathlib import Path\n"
         "from temporal_layers.recipes.training.files import replace_text\n"
-        "for _ in range(100):\n    replace_text(Path(sys.argv[1]), sys.argv[2] * 1000)\n"
+        "target = Path(sys.argv[1])\n"
+        "target.with_name(sys.argv[2]).touch()\n"
+        "while len(list(target.parent.glob('?'))) < 3:\n    time.sleep(0.001)\n"
+        "for _ in range(300):\n    replace_text(target, sys.argv[2] * 1000)\n"
     )
     target = tmp_path / "target.json"
     writers = [subprocess.Popen([sys.executable, script, target, letter]) for letter in "abc"]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]
     assert target.read_text() in {letter * 1000 for letter in "abc"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["target.json", "write.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "target.json", "write.py"]
