@@ -14,8 +14,8 @@ from temporal_layers.frames import fold_frames, unfold_frames
 
 __all__ = ["PerFrame", "VideoModel", "VideoUNet"]
 
-# Their tensors do not have the batch in front, so they are passed on as they are.
-UNTOUCHED = frozenset({"cross_attention_kwargs"})
+# Of what attention processors get, only GLIGEN's boxes are known to have the batch in front; the rest is passed on.
+FOR_ATTENTION, WITH_BATCH = "cross_attention_kwargs", frozenset({"gligen"})
 
 
 class KeepsTrainable:
@@ -118,6 +118,10 @@ class VideoUNet(VideoModel):
         if text is not None:
             self._check_text(text)
         num_frames = state.begin(type(self).__name__, sample, image_only, frame_context, text)
+        with state.block():
+            return self._denoise(sample, num_frames, args, kwargs)
+
+    def _denoise(self, sample: Tensor, num_frames: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if sample.ndim == 4:
             return super().forward(sample, *args, **kwargs)
         timestep, *names = type(self).argument_names[1:]
@@ -154,8 +158,8 @@ class PerFrame:
 
     def __call__(self, name: str, value: Any) -> Any:
         """The value of an argument as the image model takes it for ``batch * num_frames`` images."""
-        if name in UNTOUCHED:
-            return value
+        if name == FOR_ATTENTION:
+            return self._for_attention(name, value)
         if name == self.timestep:
             return self._timestep(name, value)
         if torch.is_tensor(value):
@@ -165,6 +169,12 @@ class PerFrame:
         if isinstance(value, list | tuple):
             return type(value)(self(f"{name}[{index}]", item) for index, item in enumerate(value))
         return value
+
+    def _for_attention(self, name: str, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        items = value.items()
+        return {key: self(f"{name}[{key!r}]", item) if key in WITH_BATCH else item for key, item in items}
 
     def _timestep(self, name: str, value: Any) -> Any:
         if not torch.is_tensor(value) or value.ndim == 0 or tuple(value.shape) == (1,):
