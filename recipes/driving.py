@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from temporal_layers.recipes.driving_boxes import car_boxes
 from temporal_layers.recipes.driving_frame import CAR_COLOURS, LIGHTS, Painter
 from temporal_layers.recipes.driving_paint import hashed_uniform
 from temporal_layers.recipes.driving_scene import CAMERA_HEIGHT, FAR, Scene, View
@@ -184,10 +185,29 @@ class DrivingCorpus:
         images = []
         for index in indices:
             scene = self.scene(index)
-            moment = int(_STILL_FRAMES * hashed_uniform(self.seed, 2003, index)) / self.config.fps
-            images.append(Painter(scene, self.view, moment).frame())
+            images.append(Painter(scene, self.view, self.still_frame(index) / self.config.fps).frame())
         frames = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
         return frames, torch.tensor([self.label(index) for index in indices])
+
+    def still_frame(self, index: int) -> int:
+        """Which frame of a clip its still is."""
+        return int(_STILL_FRAMES * hashed_uniform(self.seed, 2003, index))
+
+    def boxes(self, index: int, frame: int) -> Float[Tensor, "cars 4"]:
+        """Where the cars of a frame are, in closed form: the layout that the paper's box-conditioned model is given.
+
+        A car that is too far away to be made out, or of which less than half is in the frame and not behind a nearer
+        car, is left out.
+
+        Args:
+            index: Which clip, at least 0.
+            frame: Which frame of it.
+
+        Returns:
+            Left, top, right and bottom of each car's body as shares of the frame's width and height, cut off at its
+            edges, float32; the nearest car first, ``(0, 4)`` if there is none.
+        """
+        return torch.from_numpy(car_boxes(self.scene(index), self.view, frame / self.config.fps)).float()
 
     def road_flow(self, index: int, frame: int) -> tuple[Float[Tensor, "2 height width"], Bool[Tensor, "height width"]]:
         """Where each point of the ground moves from one frame to the next, in closed form.

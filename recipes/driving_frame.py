@@ -10,6 +10,8 @@ from temporal_layers.recipes.driving_paint import Array, Canvas, band_coverage, 
 from temporal_layers.recipes.driving_scene import (
     CAMERA_HEIGHT,
     CAMERA_LATERAL,
+    CAR_HALF_WIDTH,
+    CAR_HEIGHT,
     DASH_LENGTH,
     DASH_PERIOD,
     FAR,
@@ -83,9 +85,7 @@ class Painter:
 
     def place(self, z: float, lateral: float) -> tuple[float, float, float]:
         """Column, ground row and pixels per metre of a point given relative to the road's centre line."""
-        x = self.scene.road_offset(self.arc, z) + lateral - CAMERA_LATERAL
-        scale = self.view.focal / z
-        return self.view.centre + x * scale, self.view.horizon + CAMERA_HEIGHT * scale, scale
+        return self.view.place(self.scene, self.arc, z, lateral)
 
     def azimuth(self, direction: float, parallax: float = 1.0) -> float:
         """Column at which a far thing in a compass direction appears."""
@@ -212,12 +212,7 @@ class Painter:
         """Roadside objects, posts and cars, far ones first."""
         drawers = [(z, self.roadside, (z, side, slot)) for z, side, slot in self._slots(OBJECT_SPACING)]
         drawers += [(z, self.post, (z, side)) for z, side, _ in self._slots(POST_SPACING)]
-        lead = self.scene.lead_distance(self.seconds)
-        if lead:
-            drawers.append((lead, self.car, (lead, LANE_WIDTH / 2, self.scene.lead_colour, False)))
-        oncoming, number = self.scene.oncoming_distance(self.seconds)
-        if 2.5 < oncoming < FAR:
-            drawers.append((oncoming, self.car, (oncoming, -LANE_WIDTH / 2, number % len(CAR_COLOURS), True)))
+        drawers += [(car.distance, self.car, car) for car in self.scene.cars(self.seconds)]
         for _, draw, arguments in sorted(drawers, key=lambda item: -item[0]):
             draw(*arguments)
 
@@ -332,29 +327,29 @@ class Painter:
                 x + 0.6 * lean * radius, y, radius, max(0.16 * radius, 0.5), (0.06, 0.09, 0.10), 0.35 * alpha
             )
 
-    def car(self, z: float, lateral: float, colour: int, facing: bool) -> None:
+    def car(self, z: float, lateral: float, colour: int, oncoming: bool) -> None:
         """A car seen from behind, or from the front if it is oncoming."""
         x, y, scale = self.place(z, lateral)
         canvas, side, lamps = self.canvas, lateral - CAMERA_LATERAL, self.light.lamps
-        paint = CAR_COLOURS[colour]
+        paint = CAR_COLOURS[colour % len(CAR_COLOURS)]
         canvas.ellipse(x, y, 1.15 * scale, 0.17 * scale, (0.03, 0.03, 0.05), 0.6)
         for wheel in (-0.7, 0.7):
             left = x + (wheel - 0.2) * scale
             canvas.rectangle(left, left + 0.4 * scale, y - 0.45 * scale, y, self.surface((0.08, 0.08, 0.09), z, side))
         body, dark = self.surface(paint, z, side), self.surface(0.72 * paint, z, side)
-        canvas.trapezoid(x, 0.62 * scale, 0.86 * scale, y - 1.55 * scale, y - 0.85 * scale, body)
+        canvas.trapezoid(x, 0.62 * scale, 0.86 * scale, y - CAR_HEIGHT * scale, y - 0.85 * scale, body)
         glass = self.surface((0.16, 0.21, 0.28), z, side)
         canvas.trapezoid(x, 0.52 * scale, 0.70 * scale, y - 1.43 * scale, y - 0.93 * scale, glass)
-        canvas.trapezoid(x, 0.90 * scale, 0.94 * scale, y - 0.95 * scale, y - 0.5 * scale, body)
+        canvas.trapezoid(x, 0.90 * scale, CAR_HALF_WIDTH * scale, y - 0.95 * scale, y - 0.5 * scale, body)
         canvas.rectangle(x - 0.93 * scale, x + 0.93 * scale, y - 0.52 * scale, y - 0.25 * scale, dark)
-        off = (0.90, 0.90, 0.84) if facing else (0.72, 0.07, 0.08)
-        lamp = np.array((1.0, 0.97, 0.85) if facing else (1.0, 0.16, 0.12))
+        off = (0.90, 0.90, 0.84) if oncoming else (0.72, 0.07, 0.08)
+        lamp = np.array((1.0, 0.97, 0.85) if oncoming else (1.0, 0.16, 0.12))
         for dx in (-0.68, 0.68):
             cx, cy = x + dx * scale, y - 0.70 * scale
             tint = lamp if lamps else self.surface(off, z, side)
             canvas.ellipse(cx, cy, 0.23 * scale, 0.16 * scale, tint)
             if lamps:
-                reach = 1.5 if facing else 0.8
+                reach = 1.5 if oncoming else 0.8
                 canvas.glow(cx, cy, reach * scale, reach * scale, lamp, 0.7 * lamps)
                 if self.scene.weather == "rain":
                     canvas.glow(cx, y + 0.5 * scale, 0.45 * scale, 1.6 * scale, lamp, 0.5)

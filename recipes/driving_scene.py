@@ -9,6 +9,7 @@ of the travelled distance, so heading and lateral offset have closed forms and t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,23 @@ CAMERA_LATERAL = LANE_WIDTH / 2
 DASH_PERIOD, DASH_LENGTH, LINE_WIDTH = 9.0, 4.0, 0.32
 ROAD_HALF_WIDTH = LANE_WIDTH + 0.7
 OBJECT_SPACING, POST_SPACING, FAR = 7.0, 14.0, 85.0
+CAR_HALF_WIDTH, CAR_HEIGHT = 0.94, 1.55
+
+
+class Car(NamedTuple):
+    """A car on the road.
+
+    Attributes:
+        distance: From the camera, in metres.
+        lateral: Of its middle from the road's centre line, positive to the right.
+        colour: Number of its colour; more numbers than colours begin again.
+        oncoming: Whether its front is seen.
+    """
+
+    distance: float
+    lateral: float
+    colour: int
+    oncoming: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +88,17 @@ class Scene:
         number = int(np.floor(passed / self.oncoming_period))
         return self.oncoming_period - (passed - number * self.oncoming_period), number
 
+    def cars(self, seconds: float) -> list[Car]:
+        """The cars in sight, those hidden by others included."""
+        cars = []
+        lead = self.lead_distance(seconds)
+        if lead:
+            cars.append(Car(lead, LANE_WIDTH / 2, self.lead_colour, False))
+        oncoming, number = self.oncoming_distance(seconds)
+        if 2.5 < oncoming < FAR:
+            cars.append(Car(oncoming, -LANE_WIDTH / 2, number, True))
+        return cars
+
 
 @dataclass(frozen=True)
 class View:
@@ -92,6 +121,12 @@ class View:
     def centre(self) -> float:
         """Column of the vanishing point of a straight road."""
         return self.width / 2
+
+    def place(self, scene: Scene, arc: float, z: float, lateral: float) -> tuple[float, float, float]:
+        """Column, ground row and pixels per metre of a point given relative to the road's centre line."""
+        x = scene.road_offset(arc, z) + lateral - CAMERA_LATERAL
+        scale = self.focal / z
+        return self.centre + x * scale, self.horizon + CAMERA_HEIGHT * scale, scale
 
     def ground(self) -> tuple[Array, Array, Array]:
         """First ground row, distance z of each ground row and lateral position x of each ground pixel, in metres."""
