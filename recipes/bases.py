@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from temporal_layers.recipes.autoencoding import decode_latents, encode_frames, pixels_per_latent
 from temporal_layers.recipes.denoising import matches_flows
 from temporal_layers.recipes.image_ldm import ImageLDM, load_shipped
 
 Conditioning = dict[str, Tensor]
 """Tensors by name, each with one row a clip; empty for an unconditional model."""
+
+
+def on_device(conditioning: Conditioning, device: torch.device | str) -> Conditioning:
+    """The same on a device."""
+    return {name: value.to(device) for name, value in conditioning.items()}
 
 
 class VideoBase(Protocol):
@@ -43,8 +49,8 @@ class VideoBase(Protocol):
     def encode(self, frames: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
         """Latents of unit scale of frames in [0, 1]."""
 
-    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
-        """Frames in [0, 1] of latents of unit scale."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames in [0, 1] of latents of unit scale: of images, or of clips ``(b, c, f, h, w)``."""
 
     def conditioning(self, labels: Sequence[int], captions: Sequence[str]) -> Conditioning:
         """Conditioning of clips, from whichever of label and caption the model knows."""
@@ -135,7 +141,7 @@ class PipelineBase:
             self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         size = unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = 1 if self.vae is None else pixels_per_latent(self.vae)
         self.latent_shape = (unet.config.in_channels, height, width)
         self.frame_size = (height * factor, width * factor)
 
@@ -150,23 +156,14 @@ class PipelineBase:
         pixels = (2 * frames - 1).to(self.unet.device, self.unet.dtype)
         if self.vae is None:
             return pixels
-        parts = []
-        for part in pixels.split(16):
-            encoded = self.vae.encode(part)
-            parts.append(encoded.latent_dist.mode() if isinstance(self.vae, AutoencoderKL) else encoded.latents)
-        return (torch.cat(parts) - self._shift) * self.vae.config.scaling_factor
+        return encode_frames(self.vae, pixels)
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
-        """Frames by the pipeline's autoencoder; without one, pixels."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames by the pipeline's autoencoder; without one, pixels. Of images, or of clips ``(b, c, f, h, w)``."""
         if self.vae is None:
             return (latents / 2 + 0.5).clamp(0, 1).float()
-        scaled = latents / self.vae.config.scaling_factor + self._shift
-        return torch.cat([(self.vae.decode(part).sample / 2 + 0.5).clamp(0, 1).float() for part in scaled.split(16)])
-
-    @property
-    def _shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
+        return decode_latents(self.vae, latents)
 
     @torch.no_grad()
     def conditioning(self, labels: Sequence[int], captions: Sequence[str]) -> Conditioning:

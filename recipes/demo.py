@@ -34,7 +34,7 @@ from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.metrics import clip_frechet, frame_difference, motion_agreement
 from temporal_layers.recipes.report import write_report
-from temporal_layers.recipes.sampling import sample_clips
+from temporal_layers.recipes.sampling.clips import sample_clips
 from temporal_layers.recipes.sheets import contact_sheet, side_by_side
 from temporal_layers.recipes.stages.clips import DRIVING_FPS, TensorClips, encode_clips
 from temporal_layers.recipes.stages.image import HELD_OUT, finetune_frames

@@ -1,8 +1,8 @@
-"""Noise on clips, the target that an image model's scheduler asks for, and the steps back to clean clips."""
+"""Noise on clips, and the target that an image model's scheduler asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,47 +91,3 @@ def clip_noise(
         return own
     shared = torch.randn(*shape[:-3], 1, *shape[-2:], generator=generator)
     return correlation**0.5 * shared + (1 - correlation) ** 0.5 * own
-
-
-class Sampler:
-    """The steps from noise to clean latents, with a scheduler's noise schedule.
-
-    Args:
-        scheduler: DDIM, or one that matches flows; it is copied.
-        steps: Denoising steps.
-        eta: Fresh noise in each step, from 0 (none) to below 1.
-
-    Attributes:
-        timesteps: To be told to the model, one after the other.
-
-    Raises:
-        ValueError: If ``eta`` is out of range, or not 0 with flow matching, which has no such steps.
-    """
-
-    def __init__(self, scheduler: Any, steps: int, eta: float = 0.0) -> None:
-        if not 0 <= eta < 1:  # at 1, rounding takes a step from a signal of zero to the root of a negative number
-            raise ValueError(f"Sampler: eta: expected a value from 0 to below 1, got {eta}; use 0.99 in place of 1")
-        if eta and matches_flows(scheduler):
-            raise ValueError(f"Sampler: eta: expected 0 for a model that matches flows, got {eta}")
-        self.scheduler = type(scheduler).from_config(scheduler.config)
-        self.scheduler.set_timesteps(steps)
-        self.timesteps, self.eta = self.scheduler.timesteps, eta
-
-    def start(self, noise: Tensor) -> Tensor:
-        """What to begin with, from standard normal noise; begins anew."""
-        self.scheduler.set_timesteps(len(self.timesteps))  # those of flow matching count their steps
-        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
-
-    def step(self, output: Tensor, timestep: Tensor, latents: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
-        """Latents after a step.
-
-        Args:
-            output: What the model said of the latents.
-            timestep: Of this step.
-            latents: Before it.
-            fresh: Draws standard normal noise of their shape; called if ``eta`` is above 0.
-        """
-        options: dict[str, Any] = {}
-        if self.eta:
-            options = {"eta": self.eta, "variance_noise": fresh().to(latents)}
-        return self.scheduler.step(output, timestep, latents, **options).prev_sample

@@ -17,6 +17,8 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from temporal_layers.recipes.autoencoding import decode_latents, encode_frames, pixels_per_latent
+
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "driving"
 
 
@@ -131,7 +133,7 @@ class ImageLDM:
     @property
     def factor(self) -> int:
         """Pixels per latent along height and width."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return pixels_per_latent(self.vae)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -168,29 +170,27 @@ class ImageLDM:
                 "ImageLDM.encode: expected frames (batch, 3, height, width) with sides in multiples of "
                 f"{self.factor}, got {tuple(frames.shape)}"
             )
-        chunks = [self.vae.encode(2 * part - 1).latent_dist.mode() for part in frames.split(batch_size)]
-        return torch.cat(chunks) * self.vae.config.scaling_factor
+        return encode_frames(self.vae, 2 * frames - 1, batch_size=batch_size)
 
     @torch.no_grad()
-    def decode(
-        self, latents: Float[Tensor, "batch channels latent_height latent_width"], *, batch_size: int = 32
-    ) -> Float[Tensor, "batch 3 height width"]:
-        """Frames in [0, 1] from scaled latents.
+    def decode(self, latents: Tensor, *, batch_size: int = 32) -> Tensor:
+        """Frames in [0, 1] from scaled latents: ``(batch, 3, height, width)``, or of clips with an axis for frames.
 
         Args:
-            latents: What ``encode`` or a sampler returns.
+            latents: What ``encode`` or a sampler returns, ``(batch, channels, height, width)``, or clips
+                ``(batch, channels, frames, height, width)``, which go through temporal layers of the decoder.
             batch_size: Frames per pass, which bounds the memory.
 
         Raises:
             ValueError: If the latents have another number of axes or channels than expected.
         """
         channels = self.vae.config.latent_channels
-        if latents.ndim != 4 or latents.shape[1] != channels:
+        if latents.ndim not in (4, 5) or latents.shape[1] != channels:
             raise ValueError(
-                f"ImageLDM.decode: expected latents (batch, {channels}, height, width), got {tuple(latents.shape)}"
+                f"ImageLDM.decode: expected latents (batch, {channels}, height, width), or with an axis for frames "
+                f"behind the channels, got {tuple(latents.shape)}"
             )
-        parts = (latents / self.vae.config.scaling_factor).split(batch_size)
-        return torch.cat([(self.vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in parts])
+        return decode_latents(self.vae, latents, batch_size=batch_size)
 
     def add_label(self, name: str, *, like: str) -> int:
         """Add a class that starts out as a copy of another; images of all others stay what they were.

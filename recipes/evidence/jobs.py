@@ -15,13 +15,14 @@ from temporal_layers import TemporalTransformerConfig
 from temporal_layers.adapters import TemporalConfig
 from temporal_layers.recipes.bases import LabelBase
 from temporal_layers.recipes.conditioning import FACTOR, ContextPlanes
-from temporal_layers.recipes.context_sampling import ContextSampling, sample_interpolation, sample_prediction
 from temporal_layers.recipes.driving import LABELS
 from temporal_layers.recipes.evidence.comparisons import Comparison
 from temporal_layers.recipes.evidence.corpus import Corpus
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm, load_shipped
 from temporal_layers.recipes.metrics import clip_frechet, frame_difference, motion_agreement
-from temporal_layers.recipes.sampling import sample_clips
+from temporal_layers.recipes.sampling.clips import sample_clips
+from temporal_layers.recipes.sampling.context import ContextSampling, sample_interpolation, sample_prediction
+from temporal_layers.recipes.sampling.upscaling import measure_upscaler
 from temporal_layers.recipes.stages.clips import TensorClips, encode_clips
 from temporal_layers.recipes.stages.decoder import DEFAULT_OPTIM as DECODER_OPTIM
 from temporal_layers.recipes.stages.decoder import DEFAULT_OPTIONS as DECODER_OPTIONS
@@ -34,7 +35,6 @@ from temporal_layers.recipes.stages.upscale import train_upscaler
 from temporal_layers.recipes.stages.video import load_shipped_adapter, train_video
 from temporal_layers.recipes.training.engine import OptimConfig
 from temporal_layers.recipes.upscaler import load_shipped_upscaler
-from temporal_layers.recipes.upscaling import measure_upscaler
 
 Numbers = dict[str, float]
 Arms = dict[str, Numbers]
@@ -174,7 +174,7 @@ def predict(corpus: Corpus, scale: Scale, seed: int) -> Arms:
         made = sample_prediction(
             base, planes, {"labels": corpus.other_labels}, given, scale.num_frames, options, window=scale.num_frames
         )
-        frames = decoded(base, made)
+        frames = base.decode(made).cpu()
         arms[name] = {**numbers(frames, corpus), "psnr": psnr(frames[:, :, GIVEN:], truth[:, :, GIVEN:])}
     return arms
 
@@ -189,7 +189,7 @@ def interpolate(corpus: Corpus, scale: Scale, seed: int) -> Arms:
     keys = encode_clips(base, truth[:, :, ::FACTOR])
     options = ContextSampling(num_inference_steps=scale.sampling_steps, eta=0.99, seed=seed, batch_size=4)
     planes = ContextPlanes.of(adapter)
-    made = decoded(base, sample_interpolation(base, planes, {"labels": labels}, keys, options, rate=1.0))
+    made = base.decode(sample_interpolation(base, planes, {"labels": labels}, keys, options, rate=1.0)).cpu()
     size = (truth.shape[2], *truth.shape[3:])
     blended = F.interpolate(truth[:, :, ::FACTOR], size, mode="trilinear", align_corners=True)
     between = [frame for frame in range(truth.shape[2]) if frame % FACTOR]
@@ -241,11 +241,6 @@ def upscale(corpus: Corpus, scale: Scale, seed: int) -> Arms:
         }
         for name, row in found.items()
     }
-
-
-def decoded(base: LabelBase, latents: Tensor) -> Tensor:
-    """Frames ``(clips, 3, frames, height, width)`` of latents, frame by frame."""
-    return torch.stack([base.decode(clip.transpose(0, 1)).transpose(0, 1).cpu() for clip in latents])
 
 
 JOBS: dict[str, Callable[[Corpus, Scale, int], Arms]] = {

@@ -15,7 +15,7 @@ from temporal_layers import fold_frames
 from temporal_layers.adapters import TemporalAdapter
 from temporal_layers.recipes.bases import VideoBase
 from temporal_layers.recipes.metrics import frame_difference
-from temporal_layers.recipes.sampling import sample_clips
+from temporal_layers.recipes.sampling.clips import sample_clips
 from temporal_layers.recipes.sheets import contact_sheet
 from temporal_layers.recipes.stages.personal import Prompt, TwoTexts, frozen_text
 from temporal_layers.recipes.stages.video import SHIPPED_ADAPTER

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from temporal_layers.recipes.bases import VideoBase
-from temporal_layers.recipes.sampling import sample_clips
+from temporal_layers.recipes.sampling.clips import sample_clips
 from temporal_layers.recipes.stages.personal import Prompt, as_image_model, ask
 from temporal_layers.recipes.stages.personal_files import as_frame, to_image
 from temporal_layers.recipes.training.files import replace_text

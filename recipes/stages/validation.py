@@ -10,7 +10,7 @@ from temporal_layers.recipes.bases import VideoBase
 from temporal_layers.recipes.data.video_io import write_video
 from temporal_layers.recipes.denoising import matches_flows
 from temporal_layers.recipes.metrics import frame_difference, motion_agreement
-from temporal_layers.recipes.sampling import sample_clips
+from temporal_layers.recipes.sampling.clips import sample_clips
 from temporal_layers.recipes.sheets import contact_sheet
 from temporal_layers.recipes.training.engine import RunFolder
 

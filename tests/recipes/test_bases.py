@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiff
 from temporal_layers.recipes.bases import LabelBase, PipelineBase, load_base
 from temporal_layers.recipes.denoising import kind_of_prediction
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
-from temporal_layers.recipes.sampling import sample_clips
+from temporal_layers.recipes.sampling.clips import sample_clips
 from temporal_layers.recipes.stages.clips import TensorClips
 from temporal_layers.recipes.stages.validation import ClipValidation, ValidationConfig
 from temporal_layers.recipes.stages.video import train_video

@@ -1,10 +1,10 @@
-"""Noise, targets and steps back, against closed forms and diffusers' schedulers."""
+"""Noise and targets, against closed forms and diffusers' schedulers."""
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from temporal_layers.recipes.denoising import Sampler, clip_noise, kind_of_prediction, matches_flows, noised
+from temporal_layers.recipes.denoising import clip_noise, kind_of_prediction, noised
 
 
 @pytest.mark.parametrize("per_frame", [False, True])
@@ -59,28 +59,3 @@ def test_clip_noise_is_standard_normal_with_the_correlation_asked_for(correlatio
 def test_clip_noise_refuses_a_correlation_out_of_range():
     with pytest.raises(ValueError, match=r"clip_noise: correlation: expected a value from 0 to 1, got 1\.5"):
         clip_noise((1, 1, 2, 2, 2), correlation=1.5)
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [DDIMScheduler(prediction_type="sample", clip_sample=False), FlowMatchEulerDiscreteScheduler(shift=2)],
-    ids=["diffusion", "flow"],
-)
-def test_a_sampler_that_is_told_the_truth_ends_at_it_however_often_it_is_used(scheduler):
-    clean, noise = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
-    sampler = Sampler(scheduler, 7)
-    for _ in range(2):
-        latents = sampler.start(noise)
-        assert torch.equal(latents, noise) and len(sampler.timesteps) == 7
-        for timestep in sampler.timesteps:
-            truth = noise - clean if matches_flows(scheduler) else clean
-            latents = sampler.step(truth, timestep, latents, lambda: pytest.fail("no fresh noise without eta"))
-        torch.testing.assert_close(latents, clean, atol=1e-4, rtol=1e-4)
-    assert scheduler.timesteps.shape == (1000,)  # the one that it was made from is as it was
-
-
-def test_a_sampler_refuses_an_eta_that_the_scheduler_has_no_use_for():
-    with pytest.raises(ValueError, match=r"Sampler: eta: expected a value from 0 to below 1, got 1\.0"):
-        Sampler(DDIMScheduler(), 5, 1.0)
-    with pytest.raises(ValueError, match=r"Sampler: eta: expected 0 for a model that matches flows, got 0\.5"):
-        Sampler(FlowMatchEulerDiscreteScheduler(), 5, 0.5)

@@ -13,7 +13,7 @@ from temporal_layers.adapters import TemporalAdapter, adapter_of, inject
 from temporal_layers.recipes.bases import LabelBase, PipelineBase, load_base
 from temporal_layers.recipes.cli import main as cli
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
-from temporal_layers.recipes.sampling import sample_clips
+from temporal_layers.recipes.sampling.clips import sample_clips
 from temporal_layers.recipes.stages.dreambooth import (
     LORA,
     DreamBoothConfig,

@@ -18,7 +18,7 @@ from temporal_layers.recipes.data.sources import DataConfig
 from temporal_layers.recipes.data.video_io import write_video
 from temporal_layers.recipes.driving import LABELS
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
-from temporal_layers.recipes.sampling import sample_clips
+from temporal_layers.recipes.sampling.clips import sample_clips
 from temporal_layers.recipes.stages.clips import (
     ClipsConfig,
     TensorClips,

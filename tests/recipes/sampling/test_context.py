@@ -7,16 +7,15 @@ import pytest
 import torch
 
 from temporal_layers.recipes.conditioning import ContextPlanes
-from temporal_layers.recipes.context_sampling import (
+from temporal_layers.recipes.image_ldm import make_scheduler
+from temporal_layers.recipes.sampling.context import (
     ContextSampling,
-    decode_clips,
     interpolation_windows,
     prediction_windows,
     sample_given,
     sample_interpolation,
     sample_prediction,
 )
-from temporal_layers.recipes.image_ldm import make_scheduler
 
 FEW = ContextSampling(num_inference_steps=4)
 
@@ -207,11 +206,6 @@ def test_windows_of_interpolation():
     assert interpolation_windows(8, 3) == [0, 3, 4]  # the last one overlaps
     assert interpolation_windows(7, 3) == [0, 3]
     assert interpolation_windows(4, 3) == [0]
-
-
-def test_decoding():
-    latents = torch.randn(2, 4, 3, 2, 5)
-    assert torch.equal(decode_clips(KnownBase(total), latents), latents[:, :3])
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from temporal_layers import fold_frames, unfold_frames
-from temporal_layers.recipes.bases import Conditioning
-from temporal_layers.recipes.denoising import Sampler
+from temporal_layers.recipes.bases import Conditioning, on_device
+from temporal_layers.recipes.conditioning import joint_guidance
 from temporal_layers.recipes.metrics import clip_frechet, frame_difference
+from temporal_layers.recipes.sampling.loop import denoise
+from temporal_layers.recipes.sampling.noise import clip_generators, clips_of_noise
+from temporal_layers.recipes.sampling.regions import InRegions, Region, regions, windows
+from temporal_layers.recipes.sampling.sampler import Sampler
 from temporal_layers.recipes.stages.image import psnr
-from temporal_layers.recipes.training.streams import generator_at
 from temporal_layers.recipes.upscaler import Upscaler, shrunk
 
 
@@ -58,37 +61,33 @@ def upscale_clips(
     Raises:
         ValueError: If an argument is out of range.
     """
-    _check(upscaler, low_res, noise_level, window, overlap)
+    _check(upscaler, low_res, noise_level)
     sampler = Sampler(upscaler.scheduler, num_inference_steps, eta)
+    parts_in_time = regions(windows(low_res.shape[2], window, overlap))
     conditioning = upscaler.conditioning([""] * len(low_res)) if conditioning is None else conditioning
     parts = []
     for first in range(0, len(low_res), batch_size):
         rows = range(first, min(first + batch_size, len(low_res)))
-        some = {name: value[rows.start : rows.stop].to(upscaler.device) for name, value in conditioning.items()}
-        loop = _Loop(upscaler, some, frame_by_frame, guidance_scale, windows(low_res.shape[2], window, overlap))
-        generators = [generator_at(seed, row, "upscaling") for row in rows]
+        some = {name: value[rows.start : rows.stop] for name, value in conditioning.items()}
+        generators = clip_generators(seed, rows, "upscaling")
         given, levels = _given(upscaler, low_res[rows.start : rows.stop], noise_level, generators)
-        result = loop(sampler, given, levels, generators)
+        model = UpscalerModel(
+            upscaler,
+            given,
+            levels,
+            on_device(some, given.device),
+            guidance_scale=guidance_scale,
+            frame_by_frame=frame_by_frame,
+        )
+        shape = (upscaler.channels, *given.shape[2:])
+        start = sampler.start(clips_of_noise(shape, generators).to(given))
+        result = denoise(InRegions(model, parts_in_time), sampler, start, generators)
         frames = upscaler.decode(fold_frames(result)).cpu()
         parts.append(unfold_frames(frames, low_res.shape[2]))
     return torch.cat(parts)
 
 
-def windows(num_frames: int, window: int, overlap: int = 0) -> list[range]:
-    """Windows over the frames of a clip, each ``overlap`` frames into the one before; the last one ends with the clip.
-
-    Args:
-        num_frames: Frames of the clip.
-        window: Frames of a window; a shorter clip is one window.
-        overlap: Below ``window``.
-    """
-    if num_frames <= window:
-        return [range(num_frames)]
-    starts = [*range(0, num_frames - window, window - overlap), num_frames - window]
-    return [range(start, start + window) for start in starts]
-
-
-def _check(upscaler: Upscaler, low_res: Tensor, noise_level: int, window: int, overlap: int) -> None:
+def _check(upscaler: Upscaler, low_res: Tensor, noise_level: int) -> None:
     if low_res.ndim != 5 or low_res.shape[1] != 3 or 0 in low_res.shape:
         raise ValueError(
             f"upscale_clips: low_res: expected (clips, 3, frames, height, width), got {tuple(low_res.shape)}; "
@@ -97,10 +96,6 @@ def _check(upscaler: Upscaler, low_res: Tensor, noise_level: int, window: int, o
     last = upscaler.low_res_scheduler.config.num_train_timesteps - 1
     if not 0 <= noise_level <= last:
         raise ValueError(f"upscale_clips: noise_level: expected 0 to {last}, got {noise_level}")
-    if not 0 <= overlap < window:
-        raise ValueError(
-            f"upscale_clips: overlap: expected 0 to below window={window}, got {overlap}; windows have to move on"
-        )
 
 
 def _given(
@@ -113,61 +108,49 @@ def _given(
     return upscaler.augmented(enlarged.to(upscaler.device), noise.to(upscaler.device), levels), levels
 
 
-class _Loop:
-    """The denoising loop of a few clips."""
+class UpscalerModel:
+    """An upscaler, as a `Denoiser` of what is on its grid.
+
+    Args:
+        upscaler: With temporal layers unless ``frame_by_frame``.
+        given: Low-resolution clips on the grid, noise added.
+        levels: Of that noise, one a clip.
+        conditioning: One row a clip.
+        guidance_scale: Weight of classifier-free guidance.
+        frame_by_frame: Leave the temporal layers out.
+    """
 
     def __init__(
         self,
         upscaler: Upscaler,
+        given: Float[Tensor, "b 3 f h w"],
+        levels: Int[Tensor, " b"],
         conditioning: Conditioning,
-        frame_by_frame: bool,
-        guidance_scale: float,
-        windows: list[range],
+        *,
+        guidance_scale: float = 1.0,
+        frame_by_frame: bool = False,
     ) -> None:
-        self.upscaler, self.frame_by_frame = upscaler, frame_by_frame
-        self.guidance_scale, self.windows = guidance_scale, windows
+        self.upscaler, self.given, self.levels = upscaler, given, levels
+        self.guidance_scale, self.frame_by_frame = guidance_scale, frame_by_frame
         self.guided = guidance_scale != 1 and bool(conditioning)
         if self.guided:
-            count = len(next(iter(conditioning.values())))
-            free = upscaler.conditioning([""] * count)
-            conditioning = {name: torch.cat([free[name].to(value), value]) for name, value in conditioning.items()}
+            free = upscaler.conditioning([""] * len(given))
+            conditioning = {name: torch.cat([value, free[name].to(value)]) for name, value in conditioning.items()}
         self.conditioning = conditioning
 
-    def __call__(
-        self, sampler: Sampler, given: Tensor, levels: Tensor, generators: list[torch.Generator]
-    ) -> Float[Tensor, "b c f h w"]:
-        def drawn() -> Tensor:
-            shape = (self.upscaler.channels, *given.shape[2:])
-            return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(given)
-
-        result = sampler.start(drawn())
-        for timestep in sampler.timesteps:
-            output = self._averaged(result, timestep, given, levels)
-            result = sampler.step(output, timestep, result, drawn)
-        return result
-
-    def _averaged(self, noisy: Tensor, timestep: Tensor, given: Tensor, levels: Tensor) -> Tensor:
-        """The prediction for all frames: where windows overlap, the mean of theirs."""
-        if len(self.windows) == 1:
-            return self._predicted(noisy, timestep, given, levels)
-        total, count = torch.zeros_like(noisy), noisy.new_zeros(noisy.shape[2], 1, 1)
-        for window in self.windows:
-            frames = slice(window.start, window.stop)
-            total[:, :, frames] += self._predicted(noisy[:, :, frames], timestep, given[:, :, frames], levels)
-            count[frames] += 1
-        return total / count
-
-    def _predicted(self, noisy: Tensor, timestep: Tensor, given: Tensor, levels: Tensor) -> Tensor:
+    def __call__(self, noisy: Float[Tensor, "b c f h w"], timestep: Tensor, region: Region) -> Tensor:
+        """As in `Denoiser`."""
+        given, levels = region.cut(self.given), self.levels
         if self.guided:
             noisy, given, levels = (torch.cat([value, value]) for value in (noisy, given, levels))
         dtype = next(self.upscaler.unet.parameters()).dtype
         output = self.upscaler.predict(
             noisy.to(dtype), timestep, given.to(dtype), levels, self.conditioning, frame_by_frame=self.frame_by_frame
-        ).to(noisy.dtype)
+        )
         if not self.guided:
             return output
-        free, told = output.chunk(2)
-        return free + self.guidance_scale * (told - free)
+        told, free = output.chunk(2)
+        return joint_guidance(told, without_text=free, text_scale=self.guidance_scale)
 
 
 def measure_upscaler(

@@ -1,6 +1,6 @@
 """Sampling of clips some of whose frames are given: continuing them, filling them in (Video LDM, sections 3.2, 3.3).
 
-Everything here works on latents; `decode_clips` makes frames of them.
+Everything here works on latents; ``base.decode`` makes frames of them.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from temporal_layers import fold_frames, unfold_frames
-from temporal_layers.recipes.bases import Conditioning, VideoBase
+from temporal_layers.recipes.bases import Conditioning, VideoBase, on_device
 from temporal_layers.recipes.conditioning import (
     FACTOR,
     ContextPlanes,
     augment,
     interpolated_length,
     interpolation_mask,
-    joint_guidance,
     prediction_mask,
     signal_levels,
 )
-from temporal_layers.recipes.denoising import Sampler, clip_noise
-from temporal_layers.recipes.training.streams import generator_at
+from temporal_layers.recipes.sampling.loop import Branch, GuidedModel, denoise
+from temporal_layers.recipes.sampling.noise import clip_generators, clips_of_noise
+from temporal_layers.recipes.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,64 +90,35 @@ def sample_given(
         rows = slice(first, first + options.batch_size)
         some = {name: value[rows].to(base.unet.device) for name, value in conditioning.items()}
         part = known[rows].float().cpu()
-        draw = ClipNoise(part.shape[1:], options.seed, range(first, first + len(part)))
-        noisy = augment(part, options.noise_level, draw(), signal_levels(base.scheduler))
+        generators = clip_generators(options.seed, range(first, first + len(part)))
+        noise = clips_of_noise(part.shape[1:], generators)
+        noisy = augment(part, options.noise_level, noise, signal_levels(base.scheduler))
         context = planes.build(noisy, given.expand(len(part), -1), level=options.noise_level, rate=rate)
-        made = _denoise(base, planes, some, context.to(base.unet.device), options, draw).float().cpu()
+        made = _denoise(base, planes, Branch(some, context.to(base.unet.device)), options, generators).float().cpu()
         parts.append(torch.where(given[:, None, None] > 0, part, made))
     return torch.cat(parts)
-
-
-class ClipNoise:
-    """Noise for each of some clips from a source of its own, so that it is the same however clips are batched.
-
-    Args:
-        shape: Of one clip.
-        seed: Of the sampling.
-        numbers: Of the clips.
-    """
-
-    def __init__(self, shape: torch.Size, seed: int, numbers: range) -> None:
-        self.shape, self.generators = shape, [generator_at(seed, number, "sampling") for number in numbers]
-
-    def __call__(self, correlation: float = 0.0) -> Float[Tensor, "clips channels frames height width"]:
-        """Standard normal noise."""
-        parts = [clip_noise(self.shape, correlation=correlation, generator=source) for source in self.generators]
-        return torch.stack(parts)
 
 
 def _denoise(
     base: VideoBase,
     planes: ContextPlanes,
-    conditioning: Conditioning,
-    context: Tensor,
+    told: Branch,
     options: ContextSampling,
-    draw: ClipNoise,
+    generators: list[torch.Generator],
 ) -> Tensor:
+    clips, device = len(generators), base.unet.device
+    shape = (planes.latent_channels, *told.context.shape[2:])
+    noise = clips_of_noise(shape, generators, correlation=options.noise_correlation)
     sampler = Sampler(base.scheduler, options.num_inference_steps, options.eta)
-    latents = sampler.start(draw(options.noise_correlation).to(base.unet.device, base.unet.dtype))
-    branches = [(context, conditioning)]
-    by_context = options.context_scale != 1
-    by_text = options.guidance_scale != 1 and bool(conditioning)
-    if by_context:
-        branches.append((planes.without(context), conditioning))
-    if by_text:
-        free = {name: value.to(latents.device) for name, value in base.no_conditioning(len(latents)).items()}
-        branches.append((context, free))
-    contexts = torch.cat([branch for branch, _ in branches])
-    rows = {name: torch.cat([branch[name] for _, branch in branches]) for name in conditioning}
-    for timestep in sampler.timesteps:
-        output = base.predict(torch.cat([latents] * len(branches)), timestep, rows, frame_context=contexts)
-        outputs = list(output.chunk(len(branches)))
-        guided = joint_guidance(
-            outputs[0],
-            without_context=outputs[1] if by_context else None,
-            without_text=outputs[-1] if by_text else None,
-            context_scale=options.context_scale,
-            text_scale=options.guidance_scale,
-        )
-        latents = sampler.step(guided, timestep, latents, draw)
-    return latents
+    model = GuidedModel(
+        base,
+        told,
+        without_text=Branch(on_device(base.no_conditioning(clips), device), told.context),
+        without_context=Branch(told.conditioning, planes.without(told.context)),
+        text_scale=options.guidance_scale,
+        context_scale=options.context_scale,
+    )
+    return denoise(model, sampler, sampler.start(noise.to(device, base.unet.dtype)), generators)
 
 
 def prediction_windows(num_frames: int, *, first: int, window: int, overlap: int = 2) -> list[tuple[int, int]]:
@@ -274,10 +244,3 @@ def sample_interpolation(
     for number, start in reversed(list(enumerate(starts))):
         result[:, :, FACTOR * start : FACTOR * (start + pairs) + 1] = made[:, number]
     return result
-
-
-def decode_clips(base: VideoBase, latents: Tensor) -> Float[Tensor, "clips 3 frames height width"]:
-    """Frames in [0, 1] of latents, on the CPU."""
-    with torch.no_grad():
-        frames = base.decode(fold_frames(latents).to(base.unet.device, base.unet.dtype)).cpu()
-    return unfold_frames(frames, latents.shape[2])
