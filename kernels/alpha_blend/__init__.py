@@ -140,9 +140,15 @@ def check_branches(
     check_shape(op, second_name, second, first.shape, f"the shape of {first_name}", "pass two branches of one layer")
     check_alike(op, second_name, second, first, first_name)
     check_num_frames(op, first_name, first, num_frames)
+    check_alpha(op, alpha, first, first_name, num_frames, first.shape[channel_dim])
+    if image_only is not None:
+        check_image_only(op, image_only, first_name, first, num_frames)
+
+
+def check_alpha(op: str, alpha: Tensor, like: Tensor, like_name: str, num_frames: int, channels: int) -> None:
+    """Checks the dtype, device and shape of ``alpha``."""
     check_floating(op, "alpha", alpha)
-    check_device(op, "alpha", alpha, first, first_name)
-    channels = first.shape[channel_dim]
+    check_device(op, "alpha", alpha, like, like_name)
     # Not `in (1, num_frames)`, which torch.compile takes for false where num_frames is symbolic.
     fits = alpha.dim() == 2 and (alpha.shape[0] == 1 or alpha.shape[0] == num_frames)
     fits = fits and (alpha.shape[1] == 1 or alpha.shape[1] == channels)
@@ -151,8 +157,6 @@ def check_branches(
             op, "alpha", f"shape () or (1 or {num_frames}, 1 or {channels})", f"shape {tuple(alpha.shape)}",
             "pass one weight, or one for each frame and channel",
         )  # fmt: skip
-    if image_only is not None:
-        check_image_only(op, image_only, first_name, first, num_frames)
 
 
 def check_image_only(op: str, image_only: Tensor, first_name: str, first: Tensor, num_frames: int) -> None:

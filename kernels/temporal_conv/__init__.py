@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from temporal_layers.kernels.alpha_blend import check_alpha
 from temporal_layers.kernels.checks import check_alike, check_map, check_num_frames, check_shape, invalid
 from temporal_layers.kernels.dispatch import Impl, resolve_impl
 from temporal_layers.kernels.temporal_conv import reference
@@ -16,10 +17,15 @@ def temporal_conv(
     bias: Float[Tensor, "out_channels"] | None = None,
     *,
     num_frames: int,
+    temb: Float[Tensor, "rows out_channels"] | None = None,
+    residual: Float[Tensor, "batch_frames out_channels height width"] | None = None,
+    alpha: Float[Tensor, "*frames_channels"] | None = None,
     causal: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> Float[Tensor, "batch_frames out_channels height width"]:
     """The ``(kernel, 1, 1)`` convolution of the clips ``(batch, channels, num_frames, height, width)``.
+
+    ``conv(x) + bias + temb``, or with a residual ``residual + (1 - alpha) * (conv(x) + bias + temb)``.
 
     Frames beyond the ends of a clip are zero: ``kernel // 2`` on each side, or ``kernel - 1`` in front if causal,
     so the number of frames stays. A channels-last input is convolved without a copy: it is, as it lies in memory,
@@ -32,22 +38,37 @@ def temporal_conv(
             ``Conv3d`` without its last dimension; dtype and device of ``x``.
         bias: ``(out_channels,)`` or None; dtype and device of ``x``.
         num_frames: Frames of one clip; divides the batch.
+        temb: Added to every pixel: ``(batch*num_frames, out_channels)``, a row for each frame, or
+            ``(batch, out_channels)``, one for each clip; dtype and device of ``x``.
+        residual: Input of the residual branch that the convolution ends; shape of the result, dtype and device of
+            ``x``.
+        alpha: Weight of the residual as in :func:`alpha_residual`, with which the blend of ``residual`` and
+            ``residual + update`` is folded into the sum: shape ``()`` or ``(1 or num_frames, 1 or out_channels)``,
+            any floating dtype. None adds the whole update. Needs a residual.
         causal: Output frame ``i`` sees input frames ``i - kernel + 1`` to ``i`` only.
         impl: ``"auto"``, ``"fused"`` or ``"reference"``. There is no fused kernel yet: ``"auto"`` is the
             reference and ``"fused"`` raises.
 
     Returns:
-        ``(batch*num_frames, out_channels, height, width)`` in the dtype of ``x``, channels-last whatever the
-        layout of ``x``.
+        ``(batch*num_frames, out_channels, height, width)``, channels-last whatever the layout of ``x``, in the dtype
+        of ``x``; under autocast in that of the residual, or of a convolution where there is none.
 
     Raises:
         ValueError: a shape, dtype or device does not match, the kernel is even, ``num_frames`` does not divide the
-            batch, or ``impl`` cannot run.
+            batch, ``alpha`` comes without a residual, or ``impl`` cannot run.
 
-    Source: Align your Latents, section 3.1 (residual blocks of 3-D convolutions); kernels of (3, 1, 1) as in Stable
-    Video Diffusion (2023).
+    Source: Align your Latents, section 3.1 (residual blocks of 3-D convolutions, ``z' <- alpha z + (1 - alpha) z'``
+    with ``z' = z + f(z)``); kernels of (3, 1, 1) as in Stable Video Diffusion (2023).
     """
     op = "temporal_conv"
+    check_convolution(op, x, weight, bias, num_frames)
+    check_epilogue(op, x, weight, num_frames, temb, residual, alpha)
+    resolve_impl(op, impl, x)
+    return reference.temporal_conv(x, weight, bias, temb, residual, alpha, num_frames, causal)
+
+
+def check_convolution(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int) -> None:
+    """Checks what every convolution has."""
     check_map(op, "x", x)
     check_num_frames(op, "x", x, num_frames)
     channels = x.shape[1]
@@ -64,5 +85,34 @@ def temporal_conv(
             op, "bias", bias, (weight.shape[0],), "one value for each output channel", "size it by the weight's rows"
         )
         check_alike(op, "bias", bias, x, "x")
-    resolve_impl(op, impl, x)
-    return reference.temporal_conv(x, weight, bias, num_frames, causal)
+
+
+def check_epilogue(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    num_frames: int,
+    temb: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+) -> None:
+    """Checks what is added to the convolution."""
+    batch_frames, channels = x.shape[0], weight.shape[0]
+    if temb is not None:
+        clips = batch_frames // num_frames
+        # Not `in`, which torch.compile takes for false where a size is symbolic.
+        fits = temb.dim() == 2 and (temb.shape[0] == batch_frames or temb.shape[0] == clips)
+        if not fits or temb.shape[1] != channels:
+            raise invalid(
+                op, "temb", f"shape ({batch_frames} or {clips}, {channels})", f"shape {tuple(temb.shape)}",
+                "pass an embedding for each frame or clip, projected to the weight's rows",
+            )  # fmt: skip
+        check_alike(op, "temb", temb, x, "x")
+    if residual is not None:
+        shape = (batch_frames, channels, *x.shape[2:])
+        check_shape(op, "residual", residual, shape, "the shape of the result", "pass the input of the residual branch")
+        check_alike(op, "residual", residual, x, "x")
+    if alpha is not None:
+        if residual is None:
+            raise invalid(op, "alpha", "a residual beside it", "none", "pass the residual that it weighs")
+        check_alpha(op, alpha, x, "x", num_frames, channels)

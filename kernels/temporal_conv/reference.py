@@ -11,12 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from temporal_layers.kernels.alpha_blend.reference import alpha_residual
 from temporal_layers.kernels.checks import is_autocast
 from temporal_layers.kernels.layout import from_clips, to_clips
 
 
-def temporal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int, causal: bool) -> Tensor:
-    """Convolution over frames; see the public function for the contract."""
+def temporal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temb: Tensor | None,
+    residual: Tensor | None,
+    alpha: Tensor | None,
+    num_frames: int,
+    causal: bool,
+) -> Tensor:
+    """Convolution over frames and what is added to it; see the public function for the contract."""
+    update = convolve(x, weight, bias, num_frames, causal)
+    if temb is not None:
+        per_frame = temb if temb.shape[0] == x.shape[0] else temb.repeat_interleave(num_frames, 0)
+        update = update + per_frame.to(update.dtype)[:, :, None, None]
+    if residual is None:
+        return update
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    if alpha is None:
+        return residual + update.to(residual.dtype)
+    return alpha_residual(residual, update.to(residual.dtype), alpha, num_frames, 1, None)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, num_frames: int, causal: bool) -> Tensor:
+    """The convolution alone."""
     height, width = x.shape[2:]
     clips = to_clips(x, num_frames)
     reach, padding = weight.shape[2] - 1, weight.shape[2] // 2

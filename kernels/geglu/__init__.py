@@ -1,0 +1,54 @@
+"""The gated projection in front of a transformer's feed-forward."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from temporal_layers.kernels.checks import check_alike, check_floating, check_shape, invalid
+from temporal_layers.kernels.dispatch import Impl, resolve_impl
+from temporal_layers.kernels.geglu import reference
+
+__all__ = ["geglu"]
+
+
+def geglu(
+    x: Float[Tensor, "*rows channels"],
+    weight: Float[Tensor, "two_inner channels"],
+    bias: Float[Tensor, "two_inner"] | None = None,
+    *,
+    impl: Impl | str = Impl.AUTO,
+) -> Float[Tensor, "*rows inner"]:
+    """``value * gelu(gate)`` with ``value, gate = (x @ weight^T + bias).chunk(2, dim=-1)`` and the exact GELU.
+
+    Args:
+        x: ``(..., channels)``, any strides, any floating dtype.
+        weight: ``(2*inner, channels)``: the rows of the value, then those of the gate, as in diffusers' ``GEGLU``;
+            dtype and device of ``x``.
+        bias: ``(2*inner,)`` or None; dtype and device of ``x``.
+        impl: ``"auto"``, ``"fused"`` or ``"reference"``. There is no fused kernel yet: ``"auto"`` is the reference
+            and ``"fused"`` raises.
+
+    Returns:
+        ``(..., inner)`` in the dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match, ``weight`` has an odd number of rows, or ``impl`` cannot
+            run.
+
+    Source: Shazeer, GLU Variants Improve Transformer (2020), section 2; the feed-forward of Stable Diffusion's blocks.
+    """
+    op = "geglu"
+    if x.dim() < 2:
+        raise invalid(op, "x", "(..., channels)", f"shape {tuple(x.shape)}", "give it a dimension of rows")
+    check_floating(op, "x", x)
+    channels = x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != channels or weight.shape[0] % 2 != 0:
+        raise invalid(
+            op, "weight", f"(2*inner, {channels})", f"shape {tuple(weight.shape)}",
+            "stack the rows of the value on those of the gate, and match x's channels",
+        )  # fmt: skip
+    check_alike(op, "weight", weight, x, "x")
+    if bias is not None:
+        check_shape(op, "bias", bias, (weight.shape[0],), "one value for each row of weight", "size it by the weight")
+        check_alike(op, "bias", bias, x, "x")
+    resolve_impl(op, impl, x)
+    return reference.geglu(x, weight, bias)
