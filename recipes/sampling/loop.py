@@ -78,7 +78,8 @@ class GuidedModel:
     Args:
         base: The image model.
         told: What it is told.
-        without_text: The same with conditioning that says nothing, or a negative one; needed unless ``text_scale`` is 1.
+        without_text: The same with conditioning that says nothing, or a negative one; needed unless ``text_scale`` is
+            1.
         without_context: The same with no frame given; needed unless ``context_scale`` is 1.
         text_scale: Guidance towards the conditioning, for all frames or each.
         context_scale: Guidance towards the given frames (equation 4), likewise.
