@@ -37,7 +37,7 @@ class RunFolder:
 
     def write(self, name: str, value: Any) -> None:
         """Write a value as indented JSON, in one go: the file is the old one or the new one at any time."""
-        replace_text(self.path / name, json.dumps(value, indent=2, default=str) + "\n")
+        replace_text(self.path / name, as_json(value))
 
     def log(self, **record: Any) -> None:
         """Append one record to ``losses.jsonl``."""
@@ -70,6 +70,11 @@ class RunFolder:
         """Wait until the records are on the disk."""
         with self.losses.open("a") as stream:
             os.fsync(stream.fileno())
+
+
+def as_json(value: Any) -> str:
+    """A value as indented JSON; what JSON does not know, paths for instance, as text."""
+    return json.dumps(value, indent=2, default=str) + "\n"
 
 
 def versions() -> dict[str, str]:
