@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.adapters import adapter_of
 from temporal_layers.recipes.bases import Conditioning
-from temporal_layers.recipes.image_ldm import make_scheduler
+from temporal_layers.recipes.image_ldm import load_shipped, make_scheduler
 
 SHIPPED_UPSCALER = Path(__file__).parent / "weights" / "driving_upscaler"
+SHIPPED_LATENT_UPSCALER = Path(__file__).parent / "weights" / "driving_latent_upscaler"
 
 Conditioner = Callable[[Sequence[str]], Conditioning]
 
@@ -206,32 +207,36 @@ class Upscaler:
             conditioner=conditioner,
         )
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(self, folder: Path | str, *, with_vae: bool = True) -> None:
         """Write diffusers' folder layout with half-precision weights; temporal layers are left out: save the adapter.
 
+        Args:
+            folder: Is made if it is not there.
+            with_vae: Whether an autoencoder is written too; without, `from_pretrained` has to be given it.
+
         Raises:
-            ValueError: If there is an autoencoder or a conditioner, which belong to a pipeline that can save them.
+            ValueError: If there is a conditioner, which belongs to a pipeline that can save it.
         """
-        if self.vae is not None or self.conditioner is not None:
+        if self.conditioner is not None:
             raise ValueError(
-                "Upscaler.save_pretrained: expected an upscaler in pixels without captions, got one with an "
-                "autoencoder or a conditioner; save the pipeline that it came from"
+                "Upscaler.save_pretrained: expected an upscaler without captions, got one with a conditioner; save the "
+                "pipeline that it came from"
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        unet = copy.deepcopy(self.unet)
-        if getattr(unet, "_temporal_state", None) is not None:
-            adapter_of(unet).remove()
-        parts = {
-            "unet": unet.half(),
+        parts: dict[str, Any] = {
+            "unet": _plain_half(self.unet),
             "scheduler": self.scheduler,
             "low_res_scheduler": self.low_res_scheduler,
         }
+        if self.vae is not None and with_vae:
+            parts["vae"] = _plain_half(self.vae)
         index: dict[str, Any] = {
             "_class_name": "Upscaler",
             "factor": self.factor,
             "max_noise_level": self.max_noise_level,
             "align_corners": self.align_corners,
+            "latents": self.vae is not None,
         }
         for name, part in parts.items():
             index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
@@ -243,11 +248,16 @@ class Upscaler:
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> Upscaler:
+    def from_pretrained(cls, folder: Path | str, *, vae: nn.Module | None = None) -> Upscaler:
         """Load what `save_pretrained` wrote, in single precision and in evaluation mode.
 
+        Args:
+            folder: Of the upscaler.
+            vae: Autoencoder of an upscaler in latents; None for the one in the folder.
+
         Raises:
-            ValueError: If the folder does not hold an upscaler.
+            ValueError: If the folder does not hold an upscaler, or one in latents without an autoencoder, or one in
+                pixels, which takes none.
         """
         folder = Path(folder)
         path = folder / "model_index.json"
@@ -257,9 +267,17 @@ class Upscaler:
                 f"Upscaler.from_pretrained: expected a folder with a model_index.json of class Upscaler, got {folder}; "
                 "write one with Upscaler.save_pretrained"
             )
+        if vae is None and "vae" in index:
+            vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+        if index.get("latents", False) != (vae is not None):
+            raise ValueError(
+                f"Upscaler.from_pretrained: vae: expected {'None' if vae else 'an autoencoder'}, as {folder} holds an "
+                f"upscaler in {'pixels' if vae else 'latents without one'}, got {type(vae).__name__}"
+            )
         unet = UNet2DModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
         return cls(
             unet=unet.eval().requires_grad_(False),
+            vae=vae,
             scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
             low_res_scheduler=DDPMScheduler.from_pretrained(folder / "low_res_scheduler"),
             factor=index["factor"],
@@ -268,9 +286,17 @@ class Upscaler:
         )
 
 
+def _plain_half(model: nn.Module) -> nn.Module:
+    """A copy in half precision, without temporal layers."""
+    plain = copy.deepcopy(model)
+    if getattr(plain, "_temporal_state", None) is not None:
+        adapter_of(plain).remove()
+    return plain.half()
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpscalerConfig:
-    """Sizes of a small upscaler in pixels.
+    """Sizes of a small upscaler, in pixels or in latents.
 
     Attributes:
         channels: Channels of the UNet's levels, the last with attention.
@@ -289,19 +315,25 @@ class UpscalerConfig:
     max_noise_level: int = 200
 
 
-def build_upscaler(config: UpscalerConfig, *, seed: int = 0) -> Upscaler:
-    """An untrained upscaler in pixels, without text: three channels of the noisy frame, three of the enlarged one.
+def build_upscaler(config: UpscalerConfig, vae: nn.Module | None = None, *, seed: int = 0) -> Upscaler:
+    """An untrained upscaler without text: channels of the noisy frame, and three of the low-resolution one.
 
     Args:
         config: Sizes.
+        vae: Autoencoder of the result, in whose latents the upscaler works, as Stable Diffusion's does; None for one in
+            pixels.
         seed: Seed of the initial weights; the global generator is left as it was.
+
+    Raises:
+        ValueError: If the factor is no multiple of the autoencoder's.
     """
     plain = len(config.channels) - 1
+    channels = 3 if vae is None else vae.config.latent_channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DModel(
-            in_channels=6,
-            out_channels=3,
+            in_channels=channels + 3,
+            out_channels=channels,
             block_out_channels=config.channels,
             layers_per_block=config.layers,
             down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
@@ -315,6 +347,7 @@ def build_upscaler(config: UpscalerConfig, *, seed: int = 0) -> Upscaler:
         unet=unet.eval(),
         scheduler=make_scheduler(),
         low_res_scheduler=DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear"),
+        vae=vae,
         factor=config.factor,
         max_noise_level=config.max_noise_level,
     )
@@ -330,10 +363,11 @@ def load_upscaler(name: str | Path = "") -> Upscaler:
 
     Args:
         name: Folder written by `Upscaler.save_pretrained`; or folder, or repository on the Hugging Face hub, of a
-            pipeline that `Upscaler.from_pipeline` takes; empty for the one that comes with the package.
+            pipeline that `Upscaler.from_pipeline` takes; of those that come with the package, ``latent`` for the one in
+            latents, and empty for the one in pixels.
     """
-    if not str(name):
-        return load_shipped_upscaler()
+    if str(name) in ("", "latent"):
+        return load_shipped_latent_upscaler() if name else load_shipped_upscaler()
     index = Path(name) / "model_index.json"
     if index.is_file() and json.loads(index.read_text()).get("_class_name") == "Upscaler":
         return Upscaler.from_pretrained(name)
@@ -343,3 +377,11 @@ def load_upscaler(name: str | Path = "") -> Upscaler:
 def load_shipped_upscaler() -> Upscaler:
     """The upscaler that comes with the package: driving frames of 16 x 24 pixels to 64 x 96; it knows images only."""
     return Upscaler.from_pretrained(SHIPPED_UPSCALER)
+
+
+def load_shipped_latent_upscaler() -> Upscaler:
+    """The upscaler in latents that comes with the package: driving frames of 64 x 96 pixels to 256 x 384.
+
+    It knows images only, and works in latents of the shipped image model's autoencoder, of which it gets a copy.
+    """
+    return Upscaler.from_pretrained(SHIPPED_LATENT_UPSCALER, vae=load_shipped().vae)

@@ -26,6 +26,8 @@ from temporal_layers.recipes.data.decoding import make_decoder
 from temporal_layers.recipes.data.loader import BadVideos, ClipBatch, LoaderConfig, open_stream
 from temporal_layers.recipes.data.sampling import Bucket, SamplingConfig
 from temporal_layers.recipes.data.sources import DataConfig, make_source
+from temporal_layers.recipes.image_ldm import load_shipped
+from temporal_layers.recipes.sampling.upscaling import measure_upscaler
 from temporal_layers.recipes.stages.clips import DRIVING
 from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.stages.image_objectives import as_float
@@ -35,7 +37,6 @@ from temporal_layers.recipes.training.configs import parse, read
 from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, fit, make_accelerator
 from temporal_layers.recipes.training.streams import Batch, SampleStream, Stream
 from temporal_layers.recipes.upscaler import Upscaler, UpscalerConfig, build_upscaler, load_upscaler
-from temporal_layers.recipes.upscaling import measure_upscaler
 
 DEFAULT_OPTIM = OptimConfig(steps=300, batch_size=2, lr=3e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.98)
 
@@ -53,6 +54,8 @@ class UpscaleConfig:
         model: Upscaler for images to start from: a folder, or a pipeline of diffusers, see `load_upscaler`; empty for
             the shipped one; ``new`` for an untrained one.
         new: Sizes of an untrained one.
+        latents: Of an untrained one: whether it works in latents of the shipped image model's autoencoder, as Stable
+            Diffusion's upscaler does in those of its own, or in pixels.
         temporal: File of a ``TemporalConfig`` (.yaml, .toml or .json) that says what to inject; the paper's layout if
             None.
         start_from: Folder of an adapter to go on from, in place of fresh layers.
@@ -77,6 +80,7 @@ class UpscaleConfig:
     train: Literal["temporal", "all", "image"] = "temporal"
     model: str = ""
     new: UpscalerConfig = UpscalerConfig()
+    latents: bool = False
     temporal: Path | None = None
     start_from: Path | None = None
     data: DataConfig = DRIVING
@@ -102,6 +106,11 @@ class UpscaleConfig:
             )
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"UpscaleConfig: label_drop: expected a value from 0 to 1, got {self.label_drop}")
+        if self.latents and self.model != "new":
+            raise ValueError(
+                f"UpscaleConfig: latents: expected False with model={self.model!r}, which says what it works in, got "
+                "True; it belongs to model='new'"
+            )
         if self.train == "image" and (self.temporal is not None or self.start_from is not None):
             raise ValueError(
                 "UpscaleConfig: expected neither temporal nor start_from with train='image', which knows no clips; "
@@ -277,6 +286,12 @@ def read_clips(
     return torch.stack(clips), captions
 
 
+def _upscaler(config: UpscaleConfig) -> Upscaler:
+    if config.model != "new":
+        return load_upscaler(config.model)
+    return build_upscaler(config.new, load_shipped().vae if config.latents else None, seed=config.seed)
+
+
 def _samples(upscaler: Upscaler, config: UpscaleConfig) -> Stream:
     """The stream of a run, of videos in memory or decoded as they are needed."""
     still, patch = config.train == "image", config.patch or None
@@ -307,8 +322,7 @@ def run_upscale_stage(config: UpscaleConfig) -> Upscaler:
     accelerator = make_accelerator(config.engine, config.out)
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
     started = time.perf_counter()
-    upscaler = build_upscaler(config.new, seed=config.seed) if config.model == "new" else load_upscaler(config.model)
-    upscaler.to(accelerator.device)
+    upscaler = _upscaler(config).to(accelerator.device)
     if config.start_from is not None:
         TemporalAdapter.from_pretrained(upscaler.unet, config.start_from)
     stream = _samples(upscaler, config)
@@ -346,7 +360,7 @@ def run_upscale_stage(config: UpscaleConfig) -> Upscaler:
 
 
 def _save_image(upscaler: Upscaler, out: Path) -> None:
-    if upscaler.vae is None and upscaler.conditioner is None:
+    if upscaler.conditioner is None:
         upscaler.save_pretrained(out / "model")
     else:  # the rest of the pipeline is where it was
         upscaler.unet.save_pretrained(out / "unet")

@@ -14,6 +14,8 @@ from diffusers import (
 
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.adapters import adapter_of, inject
+from temporal_layers.recipes.sampling.regions import windows
+from temporal_layers.recipes.sampling.upscaling import measure_upscaler, upscale_clips
 from temporal_layers.recipes.stages.clips import driving_clips
 from temporal_layers.recipes.stages.image import HELD_OUT, psnr
 from temporal_layers.recipes.stages.upscale import train_upscaler
@@ -28,7 +30,6 @@ from temporal_layers.recipes.upscaler import (
     load_upscaler,
     shrunk,
 )
-from temporal_layers.recipes.upscaling import measure_upscaler, upscale_clips, windows
 
 TINY = UpscalerConfig(channels=(8, 16), norm_groups=4, head_dim=8, factor=2)
 
@@ -197,7 +198,7 @@ def test_upscaling_a_linear_problem_gives_the_known_answer(upscaler, monkeypatch
     [
         ({"noise_level": 1000}, "upscale_clips: noise_level: expected 0 to 999, got 1000"),
         ({"eta": 1.0}, "Sampler: eta: expected a value from 0 to below 1, got 1.0"),
-        ({"window": 4, "overlap": 4}, "upscale_clips: overlap: expected 0 to below window=4, got 4"),
+        ({"window": 4, "overlap": 4}, "windows: overlap: expected 0 to below window=4, got 4"),
     ],
 )
 def test_upscaling_refuses_options_out_of_range(upscaler, options, message):
@@ -223,10 +224,46 @@ def test_saving_leaves_the_temporal_layers_out(upscaler, tmp_path):
     assert "_name_or_path" not in (tmp_path / "unet" / "config.json").read_text()
 
 
+def test_built_in_latents_it_is_a_stable_diffusion_upscaler(latent_pipeline):
+    """The layout of `StableDiffusionUpscalePipeline`: noisy latents beside low-resolution pixels."""
+    vae = latent_pipeline.vae
+    made = build_upscaler(TINY, vae)
+    assert made.unet.config.in_channels == latent_pipeline.unet.config.in_channels == 7
+    assert made.unet.config.out_channels == latent_pipeline.unet.config.out_channels == 4
+    assert (made.cell, made.channels, made.vae) == (2, 4, vae)
+    frames = upscale_clips(made, make_low_res(), num_inference_steps=2)
+    assert frames.shape == (2, 3, 3, 16, 24) and frames.std() > 0
+    pixels = 2 * make_low_res()[0].transpose(0, 1) - 1
+    assert made.enlarged(pixels) is pixels
+
+
+@pytest.mark.parametrize("with_vae", [True, False])
+def test_an_upscaler_in_latents_is_saved_with_its_autoencoder_or_without(latent_pipeline, tmp_path, with_vae):
+    made = build_upscaler(TINY, latent_pipeline.vae)
+    plain = upscale_clips(made, make_low_res(), num_inference_steps=2)
+    mix_frames(made.unet)
+    made.save_pretrained(tmp_path, with_vae=with_vae)
+    assert (tmp_path / "vae").is_dir() == with_vae and made.vae.dtype == torch.float32
+    loaded = load_upscaler(tmp_path) if with_vae else Upscaler.from_pretrained(tmp_path, vae=latent_pipeline.vae)
+    assert not loaded.unet.training and not any(weight.requires_grad for weight in loaded.unet.parameters())
+    torch.testing.assert_close(
+        upscale_clips(loaded, make_low_res(), num_inference_steps=2), plain, rtol=0, atol=3e-2
+    )  # weights in half precision
+    if not with_vae:
+        with pytest.raises(ValueError, match=r"vae: expected an autoencoder, as .* in latents without one, got"):
+            Upscaler.from_pretrained(tmp_path)
+
+
+def test_an_upscaler_in_pixels_takes_no_autoencoder(upscaler, tmp_path, latent_pipeline):
+    upscaler.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"vae: expected None, as .* upscaler in pixels, got AutoencoderKL"):
+        Upscaler.from_pretrained(tmp_path, vae=latent_pipeline.vae)
+
+
 def test_refused_folders_and_parts(upscaler, tmp_path, latent_pipeline, stable_diffusion):
     with pytest.raises(ValueError, match=r"Upscaler.from_pretrained: expected a folder .*of class Upscaler, got "):
         Upscaler.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"Upscaler.save_pretrained: expected an upscaler in pixels without captions"):
+    with pytest.raises(ValueError, match=r"Upscaler.save_pretrained: expected an upscaler without captions"):
         Upscaler.from_pipeline(latent_pipeline).save_pretrained(tmp_path)
     assert isinstance(stable_diffusion, StableDiffusionPipeline)
     with pytest.raises(
@@ -333,7 +370,7 @@ def test_measuring_knows_a_perfect_upscaler(upscaler, monkeypatch):
     mix_frames(upscaler.unet)
     frozen = clips[:, :, :1].expand_as(clips)
     made = {True: frozen, False: clips}
-    module = "temporal_layers.recipes.upscaling.upscale_clips"
+    module = "temporal_layers.recipes.sampling.upscaling.upscale_clips"
     monkeypatch.setattr(module, lambda upscaler, low_res, frame_by_frame=False, **words: made[frame_by_frame])
     numbers = measure_upscaler(upscaler, clips)
     assert numbers["video"]["flicker"] == 0 and numbers["video"]["clip_frechet"] < 1e-6

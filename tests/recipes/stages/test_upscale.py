@@ -10,6 +10,7 @@ from torch import nn
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of, inject
 from temporal_layers.recipes import cli
+from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.stages.clips import driving_clips
 from temporal_layers.recipes.stages.upscale import (
     UpscaleConfig,
@@ -258,6 +259,23 @@ def test_the_command_trains_an_upscaler_then_its_temporal_layers(tmp_path):
     assert {"config.json", "versions.json"} <= {path.name for path in video.iterdir()}
 
 
+def test_the_command_trains_an_upscaler_in_latents(tmp_path):
+    words = ["--data.clips", "2", "--data.clip-frames", "12", "--data.driving.height", "32", "--size", "32", "48"]
+    words += ["--data.driving.width", "48", "--optim.steps", "1", "--optim.batch-size", "2", "--patch", "32"]
+    words += ["--new.channels", "8", "16", "--new.norm-groups", "4", "--new.head-dim", "8", "--num-frames", "4"]
+    image = tmp_path / "image"
+    options = ["--train", "image", "--model", "new", "--latents", "--out", str(image)]
+    assert cli.main(["train", "upscale", *options, *words]) == 0
+    upscaler = Upscaler.from_pretrained(image / "model")
+    assert (upscaler.cell, upscaler.channels, upscaler.unet.config.in_channels) == (4, 4, 7)
+    shipped = load_shipped().vae
+    for name, weight in upscaler.vae.state_dict().items():
+        torch.testing.assert_close(weight, shipped.state_dict()[name], rtol=1e-3, atol=1e-5)
+    options = ["--model", str(image / "model"), "--out", str(tmp_path / "video")]
+    assert cli.main(["train", "upscale", *options, *words]) == 0
+    TemporalAdapter.from_pretrained(upscaler.unet, tmp_path / "video" / "adapter")
+
+
 def test_the_command_streams_videos(tmp_path):
     words = ["--model", "new", "--out", str(tmp_path), "--streamed", "--loader.workers", "0", "--patch", "16"]
     words += ["--optim.steps", "1", "--new.channels", "8", "16", "--new.norm-groups", "4", "--data.clip-frames", "6"]
@@ -269,6 +287,7 @@ def test_the_command_streams_videos(tmp_path):
     ("options", "message"),
     [
         ({"num_frames": 0}, "expected num_frames and size of at least 1, .*got num_frames=0"),
+        ({"latents": True}, "latents: expected False with model='', .*got True; it belongs to model='new'"),
         ({"label_drop": 1.5}, "label_drop: expected a value from 0 to 1, got 1.5"),
         ({"train": "image", "start_from": "a"}, "expected neither temporal nor start_from with train='image'"),
         ({"temporal": "a", "start_from": "b"}, "expected temporal or start_from, .*got both"),
