@@ -104,8 +104,10 @@ class LabelBase:
     def predict(
         self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | None
     ) -> Tensor:
-        """Velocity; the label enters through cross-attention."""
-        context = self.ldm.conditioner(conditioning["labels"])
+        """Velocity; the label, or what is given as ``encoder_hidden_states``, enters through cross-attention."""
+        context = conditioning.get("encoder_hidden_states")
+        if context is None:
+            context = self.ldm.conditioner(conditioning["labels"])
         return self.unet(noisy, timesteps, encoder_hidden_states=context, **temporal).sample
 
 
@@ -115,12 +117,13 @@ class PipelineBase:
     Args:
         pipeline: With a ``unet`` that temporal layers can be injected into. Its scheduler is replaced by DDIM with the
             same noise schedule, so that sampling is deterministic; one that matches flows stays.
+        freeze: Stop gradients of the UNet and the autoencoder and put them into evaluation mode.
 
     Raises:
         ValueError: If the pipeline has no UNet of a known kind, or its text encoder cannot be called.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, *, freeze: bool = True) -> None:
         unet = getattr(pipeline, "unet", None)
         if not isinstance(unet, UNet2DConditionModel | UNet2DModel):
             raise ValueError(
@@ -132,10 +135,11 @@ class PipelineBase:
                 f"PipelineBase: expected a text-to-image pipeline with encode_prompt, got {type(pipeline).__name__}"
             )
         self.pipeline = pipeline
-        self.unet = unet.eval().requires_grad_(False)
+        self.unet = unet
         self.vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
-        if self.vae is not None:
-            self.vae.eval().requires_grad_(False)
+        for part in (self.unet, self.vae) if freeze else ():
+            if part is not None:
+                part.eval().requires_grad_(False)
         self.scheduler = pipeline.scheduler
         if not matches_flows(self.scheduler):
             self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)

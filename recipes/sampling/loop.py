@@ -30,6 +30,7 @@ def denoise(
     generator: Generators = None,
     *,
     on_step: OnStep | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Float[Tensor, "b c f h w"]:
     """Go from noisy clips to clean ones.
 
@@ -39,9 +40,12 @@ def denoise(
         start: Of ``sampler.start``.
         generator: Of fresh noise, where the scheduler draws any.
         on_step: Called after each step.
+        stop: Asked before each step; true ends the loop with the latents of now.
     """
     latents, whole = start, Region.of(start)
     for number, timestep in enumerate(sampler.timesteps):
+        if stop is not None and stop():
+            break
         output = denoiser(sampler.scaled(latents, timestep), timestep, whole)
         latents = sampler.step(output.to(latents.dtype), timestep, latents, generator)
         if on_step is not None:

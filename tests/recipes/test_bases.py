@@ -40,6 +40,22 @@ def test_label_base_loads_from_its_folder(tmp_path):
     assert base.no_conditioning(2)["labels"].tolist() == [2, 2]
 
 
+def test_a_label_model_takes_its_tokens_as_well():
+    config = ImageLDMConfig(height=32, width=48, vae_channels=(8, 8), unet_channels=(16, 32), num_heads=2)
+    base = LabelBase(build_image_ldm(config, ("day", "night"), seed=0))
+    latents, labels = torch.randn(2, 4, 16, 24), torch.tensor([0, 1])
+    with torch.no_grad():
+        expected = base.predict(latents, torch.tensor(3), {"labels": labels})
+        tokens = {"encoder_hidden_states": base.ldm.conditioner(labels)}
+        assert torch.equal(base.predict(latents, torch.tensor(3), tokens), expected)
+
+
+def test_a_pipeline_can_stay_trainable(stable_diffusion):
+    stable_diffusion.unet.train()
+    base = PipelineBase(stable_diffusion, freeze=False)
+    assert base.unet.training and all(parameter.requires_grad for parameter in base.unet.parameters())
+
+
 def test_stable_diffusion_predicts_what_its_own_unet_does(stable_diffusion, tmp_path):
     stable_diffusion.save_pretrained(tmp_path / "pipeline")
     base = load_base(tmp_path / "pipeline")

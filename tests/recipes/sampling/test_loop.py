@@ -101,3 +101,19 @@ def test_the_loop_hands_every_step_out_and_goes_on_with_what_comes_back():
     latents = denoise(lambda noisy, timestep, region: 0 * noisy, sampler, sampler.start(NOISY), on_step=on_step)
     assert seen == [(number, int(timestep)) for number, timestep in enumerate(sampler.timesteps)]
     assert (latents == 7).all()
+
+
+def test_the_loop_stops_when_it_is_told_to():
+    sampler = Sampler(DDIMScheduler(prediction_type="sample", clip_sample=False), 5)
+    seen = []
+
+    def on_step(number, timestep, latents):
+        seen.append(number)
+        return latents + number
+
+    start = sampler.start(NOISY)
+    latents = denoise(
+        lambda noisy, timestep, region: 0 * noisy, sampler, start, on_step=on_step, stop=lambda: len(seen) == 2
+    )
+    once = denoise(lambda noisy, timestep, region: 0 * noisy, sampler, sampler.start(NOISY), stop=lambda: True)
+    assert seen == [0, 1] and torch.equal(once, start) and not torch.equal(latents, start)
