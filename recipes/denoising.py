@@ -72,13 +72,23 @@ def noised(
 
 
 def clip_noise(
-    shape: Sequence[int], *, correlation: float = 0.0, generator: torch.Generator | None = None
+    shape: Sequence[int],
+    *,
+    correlation: float = 0.0,
+    progressive: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*batch channels frames height width"]:
-    """Standard normal noise whose frames share a part: "mixed" noise (PYoCo, Ge et al. 2023, section 4).
+    """Standard normal noise whose frames have something in common (PYoCo, Ge et al. 2023, section 4).
+
+    "Mixed" noise has a part that all frames of a clip share: any two have the same correlation. "Progressive" noise
+    goes on from frame to frame: the correlation of two is ``correlation`` to the power of their distance. With the
+    paper's ``alpha`` it is ``alpha^2 / (1 + alpha^2)`` of mixed noise, and the root of that of progressive noise.
 
     Args:
         shape: ``(..., channels, frames, height, width)``.
-        correlation: Correlation between the frames of a clip, from 0 (independent, as in the Video LDM) to 1 (equal).
+        correlation: Between the frames of a clip, neighbours where it is progressive, from 0 (independent, as in the
+            Video LDM) to 1 (equal).
+        progressive: Whether frames follow from those before, in place of sharing a part.
         generator: Source of the noise.
 
     Raises:
@@ -89,5 +99,11 @@ def clip_noise(
     own = torch.randn(*shape, generator=generator)
     if correlation == 0:
         return own
+    if progressive:
+        frames = list(own.unbind(-3))
+        for number in range(1, len(frames)):
+            new = (1 - correlation**2) ** 0.5 * frames[number]
+            frames[number] = correlation * frames[number - 1] + new
+        return torch.stack(frames, dim=-3)
     shared = torch.randn(*shape[:-3], 1, *shape[-2:], generator=generator)
     return correlation**0.5 * shared + (1 - correlation) ** 0.5 * own

@@ -1,4 +1,4 @@
-"""The noise that clips are sampled from."""
+"""The noise that clips are sampled from, whose frames are independent, in part the same, or those of one window."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def clip_generators(seed: int, numbers: Iterable[int], purpose: str = "sampling"
 
 
 def clips_of_noise(
-    shape: Sequence[int], generators: Sequence[torch.Generator], *, correlation: float = 0.0
+    shape: Sequence[int],
+    generators: Sequence[torch.Generator],
+    *,
+    correlation: float = 0.0,
+    progressive: bool = False,
 ) -> Float[Tensor, "clips channels frames height width"]:
     """Standard normal noise, every clip from a source of its own.
 
@@ -32,5 +36,49 @@ def clips_of_noise(
         shape: Of one clip.
         generators: One a clip.
         correlation: Of the frames of a clip; see `clip_noise`.
+        progressive: Whether it falls off with their distance; likewise.
     """
-    return torch.stack([clip_noise(shape, correlation=correlation, generator=source) for source in generators])
+    options = {"correlation": correlation, "progressive": progressive}
+    return torch.stack([clip_noise(shape, generator=source, **options) for source in generators])
+
+
+def extend_noise(
+    noise: Float[Tensor, "clips channels window height width"],
+    num_frames: int,
+    generators: Sequence[torch.Generator],
+    *,
+    step: int,
+) -> Float[Tensor, "clips channels frames height width"]:
+    """Noise for longer clips out of the frames of one window, shuffled again and again (FreeNoise, Qiu et al. 2024).
+
+    Every ``step`` frames are those of a window earlier in another order. So each window of that length that begins at a
+    multiple of ``step`` has all the frames of ``noise``, and windows that are denoised one by one (`InRegions`) have
+    much in common, however far apart. Each frame is standard normal; a frame and its copies are equal.
+
+    Args:
+        noise: Of a window: as many frames as the model sees at a time.
+        num_frames: Frames in the end.
+        generators: One a clip, of the orders; every clip has orders of its own.
+        step: Frames from one window to the next, at most a window.
+
+    Raises:
+        ValueError: If the step is out of range, or the generators are not one a clip.
+    """
+    window = noise.shape[2]
+    if not 1 <= step <= window:
+        raise ValueError(f"extend_noise: step: expected 1 to the {window} frames of the window, got {step}")
+    if len(generators) != len(noise):
+        raise ValueError(
+            f"extend_noise: generators: expected one for each of {len(noise)} clips, got {len(generators)}"
+        )
+    orders = [_order(window, num_frames, step, generator) for generator in generators]
+    return torch.stack([clip[:, order] for clip, order in zip(noise, orders, strict=True)])
+
+
+def _order(window: int, num_frames: int, step: int, generator: torch.Generator) -> list[int]:
+    """Which frame of the window each frame is."""
+    order = list(range(window))
+    while len(order) < num_frames:
+        earlier = order[len(order) - window :][:step]
+        order += [earlier[place] for place in torch.randperm(step, generator=generator).tolist()]
+    return order[:num_frames]

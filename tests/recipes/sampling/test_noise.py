@@ -1,0 +1,115 @@
+"""Noise that clips begin with: its distribution, against closed forms with bounds that follow from the sample size."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from temporal_layers.recipes.denoising import clip_noise
+from temporal_layers.recipes.sampling.noise import clip_generators, clips_of_noise, extend_noise
+
+SIGMAS = 5
+"""Of a sample's deviation: beyond it by chance once in two million."""
+
+
+def make(kind, shape=(4, 6, 48, 64), clips=1, seed=0):
+    generators = clip_generators(seed, range(clips))
+    if kind == "windows":
+        channels, frames, height, width = shape
+        return extend_noise(clips_of_noise((channels, 4, height, width), generators), frames, generators, step=2)
+    options = {
+        "independent": {},
+        "mixed": {"correlation": 0.6},
+        "progressive": {"correlation": 0.6, "progressive": True},
+    }
+    return clips_of_noise(shape, generators, **options[kind])
+
+
+KINDS = ("independent", "mixed", "progressive", "windows")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_frame_is_standard_normal(kind):
+    for frame in make(kind)[0].unbind(1):
+        values = frame.flatten().double().numpy()
+        assert stats.kstest(values, "norm").pvalue > 1e-4
+        assert abs(values.mean()) < SIGMAS / len(values) ** 0.5
+        assert abs(values.var() - 1) < SIGMAS * (2 / len(values)) ** 0.5
+        # No correlation within the frame either, from pixel to pixel and from channel to channel.
+        assert abs((frame[:, :, 1:] * frame[:, :, :-1]).mean()) < SIGMAS / len(values) ** 0.5
+        assert abs((frame[1:] * frame[:-1]).mean()) < SIGMAS / (len(values) * 3 / 4) ** 0.5
+
+
+def covariance(kind, frames=6):
+    """Of the frames, in closed form."""
+    distance = (torch.arange(frames)[:, None] - torch.arange(frames)).abs().double()
+    if kind == "mixed":
+        return torch.where(distance == 0, 1.0, 0.6)
+    return 0.6**distance if kind == "progressive" else (distance == 0).double()
+
+
+@pytest.mark.parametrize("kind", ["independent", "mixed", "progressive"])
+def test_frames_have_the_covariance_of_the_paper(kind):
+    frames = make(kind)[0].transpose(0, 1).flatten(1).double()
+    found, expected = frames @ frames.T / frames.shape[1], covariance(kind)
+    # Wishart: the variance of an entry is (1 + r^2) / n.
+    deviation = ((1 + expected.square()) / frames.shape[1]).sqrt()
+    assert ((found - expected).abs() < SIGMAS * deviation).all()
+
+
+def test_progressive_noise_is_the_recursion_of_the_paper():
+    """With its alpha, and with the same draws."""
+    alpha, shape = 1.3, (2, 5, 3, 4)
+    draws = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    frames = [draws[:, 0]]
+    for frame in draws.unbind(1)[1:]:
+        frames.append(alpha / (1 + alpha**2) ** 0.5 * frames[-1] + frame / (1 + alpha**2) ** 0.5)
+    generator = torch.Generator().manual_seed(1)
+    correlation = (alpha**2 / (1 + alpha**2)) ** 0.5
+    made = clip_noise(shape, correlation=correlation, progressive=True, generator=generator)
+    torch.testing.assert_close(made, torch.stack(frames, dim=1))
+
+
+def test_progressive_noise_of_correlation_one_stands_still():
+    made = clip_noise((3, 4, 5, 5), correlation=1.0, progressive=True)
+    assert torch.equal(made, made[:, :1].expand_as(made))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clip_depends_on_seed_and_place_alone(kind):
+    three = make(kind, clips=3, shape=(2, 6, 3, 4))
+    assert torch.equal(three[:1], make(kind, shape=(2, 6, 3, 4)))
+    assert torch.equal(three, make(kind, clips=3, shape=(2, 6, 3, 4)))
+    assert not torch.equal(three[0], three[1])
+    assert not torch.equal(three, make(kind, clips=3, shape=(2, 6, 3, 4), seed=1))
+
+
+@given(st.integers(1, 9), st.integers(1, 30), st.data())
+def test_every_window_has_all_frames_of_the_first(window, num_frames, data):
+    step = data.draw(st.integers(1, window))
+    noise = torch.arange(float(window)).reshape(1, 1, window, 1, 1).expand(2, 3, window, 2, 2)
+    generators = clip_generators(data.draw(st.integers(0, 9)), range(2))
+    long = extend_noise(noise, num_frames, generators, step=step)
+    assert long.shape == (2, 3, num_frames, 2, 2)
+    assert torch.equal(long[:, :, :window], noise[:, :, :num_frames])
+    for start in range(0, num_frames - window + 1, step):
+        part = long[:, 0, start : start + window, 0, 0]
+        assert torch.equal(part.sort(1).values, noise[:, 0, :, 0, 0])
+    assert torch.equal(long, long[:, :1, :, :1, :1].expand_as(long))  # whole frames are moved
+
+
+def test_orders_are_shuffled_and_those_of_a_clip_its_own():
+    noise = torch.arange(16.0).reshape(1, 1, 16, 1, 1).expand(2, 1, 16, 1, 1)
+    one, two = extend_noise(noise, 64, clip_generators(0, range(2)), step=8)[:, 0, :, 0, 0]
+    assert not torch.equal(one, two)
+    assert len({tuple(one[start : start + 16].tolist()) for start in range(0, 49, 8)}) == 7
+
+
+def test_noise_is_extended_within_bounds():
+    noise, generators = torch.zeros(2, 1, 4, 1, 1), clip_generators(0, range(2))
+    for step in (0, 5):
+        with pytest.raises(ValueError, match=rf"extend_noise: step: expected 1 to the 4 frames .*, got {step}"):
+            extend_noise(noise, 8, generators, step=step)
+    with pytest.raises(ValueError, match=r"extend_noise: generators: expected one for each of 2 clips, got 1"):
+        extend_noise(noise, 8, generators[:1], step=2)
