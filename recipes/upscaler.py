@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.adapters import adapter_of
+from temporal_layers.recipes.autoencoding import decode_latents, encode_frames, pixels_per_latent
 from temporal_layers.recipes.bases import Conditioning
 from temporal_layers.recipes.image_ldm import load_shipped, make_scheduler
 
@@ -75,7 +76,7 @@ class Upscaler:
     @property
     def cell(self) -> int:
         """Pixels of the result per cell of the grid, along height and width."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 1 if self.vae is None else pixels_per_latent(self.vae)
 
     @property
     def channels(self) -> int:
@@ -99,21 +100,14 @@ class Upscaler:
         """Frames in [-1, 1] on the grid: as they are, or latents of unit scale."""
         if self.vae is None:
             return frames
-        parts = frames.to(self.vae.dtype).split(8)
-        latents = torch.cat([self.vae.encode(part).latent_dist.mode() for part in parts])
-        return (latents - self._shift) * self.vae.config.scaling_factor
+        return encode_frames(self.vae, frames.to(self.vae.dtype), batch_size=8)
 
     @torch.no_grad()
-    def decode(self, result: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
-        """Frames in [0, 1] of what is on the grid."""
-        if self.vae is not None:
-            latents = result.to(self.vae.dtype) / self.vae.config.scaling_factor + self._shift
-            result = torch.cat([self.vae.decode(part).sample for part in latents.split(8)])
-        return (result / 2 + 0.5).clamp(0, 1).float()
-
-    @property
-    def _shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
+    def decode(self, result: Tensor) -> Tensor:
+        """Frames in [0, 1] of what is on the grid: of images, or of clips ``(b, c, f, h, w)``, see `decode_latents`."""
+        if self.vae is None:
+            return (result / 2 + 0.5).clamp(0, 1).float()
+        return decode_latents(self.vae, result, batch_size=8)
 
     def enlarged(self, low_res: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 grid_h grid_w"]:
         """Low-resolution frames on the grid."""
@@ -188,7 +182,7 @@ class Upscaler:
         for part in (pipeline.unet, vae):
             if part is not None:
                 part.eval().requires_grad_(False)
-        factor = 4 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = 4 if vae is None else pixels_per_latent(vae)
 
         @torch.no_grad()
         def conditioner(captions: Sequence[str]) -> Conditioning:

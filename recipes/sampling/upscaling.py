@@ -1,24 +1,19 @@
-"""Upscaling of clips: whole frames, in windows, with temporal layers or without; and what the layers change."""
+"""Upscaling of clips: whole frames, in windows, with temporal layers or without."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.recipes.bases import Conditioning, on_device
 from temporal_layers.recipes.conditioning import joint_guidance
-from temporal_layers.recipes.metrics import clip_frechet, frame_difference
 from temporal_layers.recipes.sampling.loop import denoise
 from temporal_layers.recipes.sampling.noise import clip_generators, clips_of_noise
 from temporal_layers.recipes.sampling.regions import InRegions, Region, regions, windows
 from temporal_layers.recipes.sampling.sampler import Sampler
-from temporal_layers.recipes.stages.image import psnr
-from temporal_layers.recipes.upscaler import Upscaler, shrunk
+from temporal_layers.recipes.upscaler import Upscaler
 
 
 @torch.no_grad()
@@ -82,8 +77,7 @@ def upscale_clips(
         shape = (upscaler.channels, *given.shape[2:])
         start = sampler.start(clips_of_noise(shape, generators).to(given))
         result = denoise(InRegions(model, parts_in_time), sampler, start, generators)
-        frames = upscaler.decode(fold_frames(result)).cpu()
-        parts.append(unfold_frames(frames, low_res.shape[2]))
+        parts.append(upscaler.decode(result).cpu())
     return torch.cat(parts)
 
 
@@ -151,36 +145,3 @@ class UpscalerModel:
             return output
         told, free = output.chunk(2)
         return joint_guidance(told, without_text=free, text_scale=self.guidance_scale)
-
-
-def measure_upscaler(
-    upscaler: Upscaler, clips: Float[Tensor, "clips 3 frames height width"], **sampling: Any
-) -> dict[str, dict[str, float]]:
-    """Compare upscaled clips with what they were made from, frame by frame, with temporal layers, and bilinear.
-
-    Args:
-        upscaler: With temporal layers; without, there is no row ``video``.
-        clips: In [0, 1], at least six of 16 frames.
-        **sampling: Further arguments of `upscale_clips`.
-
-    Returns:
-        By name of the upscaling (``bilinear``, ``frame-wise``, ``video``): ``clip_frechet`` against the real clips, the
-        ``flicker`` (mean absolute error of the changes from frame to frame), the ``frame_difference`` and the ``psnr``.
-    """
-    low_res, (height, width) = shrunk(clips, upscaler.factor), clips.shape[-2:]
-    bilinear = F.interpolate(low_res.flatten(0, 1), (height, width), mode="bilinear")
-    upscaled = {
-        "bilinear": bilinear.unflatten(0, clips.shape[:2]),
-        "frame-wise": upscale_clips(upscaler, low_res, frame_by_frame=True, **sampling),
-    }
-    if getattr(upscaler.unet, "_temporal_state", None) is not None:
-        upscaled["video"] = upscale_clips(upscaler, low_res, **sampling)
-    return {
-        name: {
-            "clip_frechet": clip_frechet(made, clips),
-            "flicker": (made.diff(dim=2) - clips.diff(dim=2)).abs().mean().item(),
-            "frame_difference": frame_difference(made),
-            "psnr": psnr(made, clips),
-        }
-        for name, made in upscaled.items()
-    }

@@ -27,11 +27,11 @@ from temporal_layers.recipes.data.loader import BadVideos, ClipBatch, LoaderConf
 from temporal_layers.recipes.data.sampling import Bucket, SamplingConfig
 from temporal_layers.recipes.data.sources import DataConfig, make_source
 from temporal_layers.recipes.image_ldm import load_shipped
-from temporal_layers.recipes.sampling.upscaling import measure_upscaler
 from temporal_layers.recipes.stages.clips import DRIVING
 from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.stages.image_objectives import as_float
 from temporal_layers.recipes.stages.temporal import Trained, fit_adapter, save_trained, trainable_adapter
+from temporal_layers.recipes.stages.upscale_metrics import measure_upscaler
 from temporal_layers.recipes.stages.upscale_patches import UpscaleObjective, UpscaleSamples
 from temporal_layers.recipes.training.configs import parse, read
 from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, fit, make_accelerator

@@ -15,10 +15,11 @@ from diffusers import (
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.adapters import adapter_of, inject
 from temporal_layers.recipes.sampling.regions import windows
-from temporal_layers.recipes.sampling.upscaling import measure_upscaler, upscale_clips
+from temporal_layers.recipes.sampling.upscaling import upscale_clips
 from temporal_layers.recipes.stages.clips import driving_clips
 from temporal_layers.recipes.stages.image import HELD_OUT, psnr
 from temporal_layers.recipes.stages.upscale import train_upscaler
+from temporal_layers.recipes.stages.upscale_metrics import measure_upscaler
 from temporal_layers.recipes.stages.upscale_patches import UpscaleObjective, UpscaleSamples
 from temporal_layers.recipes.training.engine import OptimConfig
 from temporal_layers.recipes.training.streams import generator_at
@@ -370,7 +371,7 @@ def test_measuring_knows_a_perfect_upscaler(upscaler, monkeypatch):
     mix_frames(upscaler.unet)
     frozen = clips[:, :, :1].expand_as(clips)
     made = {True: frozen, False: clips}
-    module = "temporal_layers.recipes.sampling.upscaling.upscale_clips"
+    module = "temporal_layers.recipes.stages.upscale_metrics.upscale_clips"
     monkeypatch.setattr(module, lambda upscaler, low_res, frame_by_frame=False, **words: made[frame_by_frame])
     numbers = measure_upscaler(upscaler, clips)
     assert numbers["video"]["flicker"] == 0 and numbers["video"]["clip_frechet"] < 1e-6
