@@ -70,14 +70,15 @@ class LiveBar:
         self.progress.update(self.task, advance=1, numbers="  ".join(parts))
 
 
-def mean_alpha(blends: list[AlphaBlend]) -> float | None:
-    """Mean over layers of their mean alpha; None without layers. Every process calls this for sharded layers."""
+def mean_alphas(blends: Mapping[str, AlphaBlend]) -> dict[str, float]:
+    """Mean alpha of each layer, by name. Every process calls this for sharded layers."""
     if not blends:
-        return None
-    means = [whole(blend.logit).sigmoid().mean() for blend in blends if blend.logit is not None]
-    return torch.stack(means).mean().item()  # one transfer from the device, however many layers
+        return {}
+    means = torch.stack([whole(blend.logit).sigmoid().mean() for blend in blends.values()])
+    return dict(zip(blends, means.tolist(), strict=True))  # one transfer from the device, however many layers
 
 
-def learned_blends(objective: nn.Module) -> list[AlphaBlend]:
-    """The blends of a module whose alpha is learned."""
-    return [m for m in objective.modules() if isinstance(m, AlphaBlend) and m.logit is not None]
+def learned_blends(objective: nn.Module) -> dict[str, AlphaBlend]:
+    """The blends of a module whose alpha is learned, by the name of their place."""
+    found = {n: m for n, m in objective.named_modules() if isinstance(m, AlphaBlend) and m.logit is not None}
+    return {name.removesuffix(".blend").removesuffix(".temporal"): blend for name, blend in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from temporal_layers.recipes.training.average import AveragedWeights
 from temporal_layers.recipes.training.launch import SIGNALS
-from temporal_layers.recipes.training.live import learned_blends, mean_alpha
+from temporal_layers.recipes.training.live import learned_blends, mean_alphas
 from temporal_layers.recipes.training.memory import named_groups
 from temporal_layers.recipes.training.optim import OptimConfig, build_optimizer, learning_rate
 from temporal_layers.recipes.training.sharding import local
@@ -75,6 +76,7 @@ class Steps:
         plain = {turn: optimizer.optimizer for turn, optimizer in self.optimizers.items()}
         self.state = TrainingState(objective, plain, self.average, accelerator.scaler)
         self.blends = learned_blends(objective)
+        self.alphas_every = max(1, config.steps // 100)  # dozens of layers would be most of a log
 
     def take(self, step: int, batches: Iterator[Batch], asked: Callable[[], int]) -> tuple[dict[str, float], int]:
         """Take one step.
@@ -85,8 +87,8 @@ class Steps:
             asked: The number of the signal that this process got, 0 without one.
 
         Returns:
-            Losses, the mean over processes, gradient norms, and the mean alpha if there is one; and the number of the
-            signal that any process got, 0 without one.
+            Losses, the mean over processes, gradient norms, and the mean alpha if there is one, at times that of each
+            layer too; and the number of the signal that any process got, 0 without one.
 
         Raises:
             FloatingPointError: If a loss or a gradient is not finite. The parameters are those of the step before.
@@ -114,8 +116,12 @@ class Steps:
             values |= {f"grad_norm/{name}": value for name, value in grads.items()}
         if self.average is not None:
             self.average.update()
-        alpha = mean_alpha(self.blends)
-        return values if alpha is None else {**values, "alpha": alpha}, signalled
+        alphas = mean_alphas(self.blends)
+        if alphas:
+            values["alpha"] = fmean(alphas.values())
+        if step % self.alphas_every == 0 or step + 1 == self.config.steps:
+            values |= {f"alpha/{name}": value for name, value in alphas.items()}
+        return values, signalled
 
     def release(self) -> None:
         """Make the accelerator forget model and optimisers, which it would keep alive as long as it lives itself."""

@@ -321,6 +321,10 @@ def test_alpha_is_not_decayed_and_its_mean_is_logged(tmp_path):
     for record in run.records():
         assert record["alpha"] == pytest.approx(1 / (1 + math.exp(-2)))
         assert record["grad_norm/temporal"] == record["grad_norm/alpha"] == 0
+        layers = {key: value for key, value in record.items() if key.startswith("alpha/")}
+        assert layers == pytest.approx(
+            dict.fromkeys((f"alpha/unet.{site.name}" for site in adapter.sites), record["alpha"])
+        )
 
 
 def test_gradient_checkpointing_computes_the_same_with_fewer_tensors_kept():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from temporal_layers import AlphaBlend, AlphaConfig
-from temporal_layers.recipes.training.live import LiveBar, learned_blends, mean_alpha
+from temporal_layers.recipes.training.live import LiveBar, learned_blends, mean_alphas
 
 
 def test_the_bar_shows_loss_rate_alpha_norms_and_speed(capsys):
@@ -25,12 +25,13 @@ def test_a_hidden_bar_shows_nothing_and_an_error_passes(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_mean_alpha_is_that_of_the_layers_that_learn_theirs():
+def test_alphas_are_those_of_the_layers_that_learn_theirs():
     fixed = AlphaBlend(AlphaConfig(learned=False, init=0.1))
     one, channels = AlphaBlend(AlphaConfig(init=0.5)), AlphaBlend(AlphaConfig(shape="channel", init=0.9), channels=3)
     with torch.no_grad():
         channels.logit[0, 0] = 0.0
-    module = nn.ModuleList([fixed, nn.ModuleList([one, channels])])
-    assert learned_blends(module) == [one, channels]
-    assert mean_alpha(learned_blends(module)) == pytest.approx((0.5 + (0.5 + 0.9 + 0.9) / 3) / 2)
-    assert mean_alpha([]) is None
+    module = nn.ModuleDict({"fixed": fixed, "deep": nn.ModuleDict({"temporal": nn.ModuleDict({"blend": one})})})
+    module["wide"] = channels
+    assert learned_blends(module) == {"deep": one, "wide": channels}
+    assert mean_alphas(learned_blends(module)) == pytest.approx({"deep": 0.5, "wide": (0.5 + 0.9 + 0.9) / 3})
+    assert mean_alphas({}) == {}
