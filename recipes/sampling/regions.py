@@ -67,9 +67,11 @@ def windows(length: int, window: int, overlap: int = 0) -> list[range]:
 
 
 def regions(
-    frames: Sequence[range], rows: Sequence[range] | None = None, columns: Sequence[range] | None = None
+    frames: Sequence[range] | None = None,
+    rows: Sequence[range] | None = None,
+    columns: Sequence[range] | None = None,
 ) -> list[Region]:
-    """The regions of all windows over frames, rows and columns; None for all rows, or columns."""
+    """The regions of all windows over frames, rows and columns; None for all frames, rows or columns."""
     axes = [
         [slice(None)] if axis is None else [slice(w.start, w.stop) for w in axis] for axis in (frames, rows, columns)
     ]
@@ -86,37 +88,92 @@ def _within(part: slice, whole: slice) -> slice:
 class InRegions:
     """A denoiser that sees one region after the other; where they overlap, the weighted mean of what it says counts.
 
+    What a model says near a border where its region was cut knows less of what is around it. A border of the clips
+    themselves is no cut.
+
     Args:
         denoiser: Of a region.
         regions: That cover the clips.
-        ramp: Weigh a prediction by its distance from the border of its region, along every axis that is cut, in place
-            of equally: what a model says near a border knows less of what is around it.
+        ramp: Weigh a prediction by its distance from the cuts of its region, in place of equally.
+        margin: Places next to a cut that do not count at all. Where a model sees no farther than that, the result is
+            what it says of the whole clips.
     """
 
-    def __init__(self, denoiser: Denoiser, regions: Sequence[Region], *, ramp: bool = False) -> None:
-        self.denoiser, self.regions, self.ramp = denoiser, regions, ramp
+    def __init__(self, denoiser: Denoiser, regions: Sequence[Region], *, ramp: bool = False, margin: int = 0) -> None:
+        self.denoiser, self.regions, self.ramp, self.margin = denoiser, regions, ramp, margin
 
     def __call__(self, noisy: Float[Tensor, "b c f h w"], timestep: Tensor, region: Region) -> Tensor:
-        """As in `Denoiser`; what is fused is in the precision of ``noisy``."""
+        """As in `Denoiser`; fused in single precision or wider, returned in that of ``noisy``.
+
+        Raises:
+            ValueError: If there are places that no region says anything of.
+        """
         if len(self.regions) == 1:
             return self.denoiser(noisy, timestep, region)
-        total, weights = torch.zeros_like(noisy), torch.zeros_like(noisy[:1, :1])
+        wide = torch.promote_types(noisy.dtype, torch.float32)
+        total, weights = torch.zeros_like(noisy, dtype=wide), torch.zeros_like(noisy[:1, :1], dtype=wide)
         for part in self.regions:
             inner = Region(*(_within(own, outer) for own, outer in zip(part, region, strict=True)))
-            output = self.denoiser(part.cut(noisy), timestep, inner).to(noisy.dtype)
-            weight = self._weight(part, output)
+            output = self.denoiser(part.cut(noisy), timestep, inner)
+            weight = self._weight(part, total)
             part.cut(total).add_(output * weight)
             part.cut(weights).add_(weight)
-        return total / weights
+        if not weights.all():
+            raise ValueError(
+                f"InRegions: regions: expected regions that cover clips of {tuple(noisy.shape[2:])}, margin="
+                f"{self.margin} left out on both sides of each cut, got {len(self.regions)} that do not; let them "
+                "overlap by twice the margin or more"
+            )
+        return (total / weights).to(noisy.dtype)
 
-    def _weight(self, part: Region, output: Tensor) -> Tensor:
-        weight = output.new_ones(1, 1, 1, 1, 1)
-        if not self.ramp:
-            return weight
+    def _weight(self, part: Region, clips: Tensor) -> Tensor:
+        weight = clips.new_ones(1, 1, 1, 1, 1)
         for axis, along in enumerate(part, start=2):
-            if along != slice(None):
-                size = output.shape[axis]
-                places = torch.arange(1, size + 1, device=output.device, dtype=output.dtype)
-                shape = [size if axis == other else 1 for other in range(5)]
-                weight = weight * torch.minimum(places, size + 1 - places).reshape(shape)
+            size = clips.shape[axis]
+            start, stop, _ = along.indices(size)
+            places = torch.arange(start, stop, device=clips.device)
+            inside = torch.full_like(places, size + self.margin)
+            if start > 0:
+                inside = inside.minimum(places - start + 1)
+            if stop < size:
+                inside = inside.minimum(stop - places)
+            inside = (inside - self.margin).clamp(min=0)
+            inside = inside / size if self.ramp else inside.sign()
+            weight = weight * inside.to(clips.dtype).reshape([-1 if axis == other else 1 for other in range(5)])
         return weight
+
+
+def in_parts(
+    denoiser: Denoiser,
+    size: Sequence[int],
+    *,
+    window: int | None = None,
+    overlap: int = 0,
+    tile: Sequence[int] | None = None,
+    tile_overlap: int = 0,
+) -> Denoiser:
+    """A denoiser of large clips that is asked about a few frames, and a part of each, at a time.
+
+    Memory for the model then depends on the window and the tile alone. Windows over time are averaged where they
+    overlap. Tiles fade into each other over the middle half of their overlap; in its outer quarters only that tile
+    counts for which they are no border. So the result of tiles is that of whole frames if the model sees no farther
+    than a quarter of their overlap.
+
+    Args:
+        denoiser: Of a part.
+        size: Frames, height and width of the clips.
+        window: Frames at a time; None for all.
+        overlap: Frames that a window shares with the one before.
+        tile: Height and width of a tile; None for whole frames.
+        tile_overlap: Rows, and columns, that a tile shares with the one before.
+
+    Raises:
+        ValueError: If windows or tiles do not move on; see `windows`.
+    """
+    frames, *sides = size
+    if tile is not None:
+        cuts = [windows(side, part, tile_overlap) for side, part in zip(sides, tile, strict=True)]
+        denoiser = InRegions(denoiser, regions(None, *cuts), ramp=True, margin=tile_overlap // 4)
+    if window is not None:
+        denoiser = InRegions(denoiser, regions(windows(frames, window, overlap)))
+    return denoiser

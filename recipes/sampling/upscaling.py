@@ -11,7 +11,7 @@ from temporal_layers.recipes.bases import Conditioning, on_device
 from temporal_layers.recipes.conditioning import joint_guidance
 from temporal_layers.recipes.sampling.loop import denoise
 from temporal_layers.recipes.sampling.noise import clip_generators, clips_of_noise
-from temporal_layers.recipes.sampling.regions import InRegions, Region, regions, windows
+from temporal_layers.recipes.sampling.regions import Region, in_parts
 from temporal_layers.recipes.sampling.sampler import Sampler
 from temporal_layers.recipes.upscaler import Upscaler
 
@@ -29,6 +29,8 @@ def upscale_clips(
     eta: float = 0.0,
     window: int = 8,
     overlap: int = 0,
+    tile: tuple[int, int] | None = None,
+    tile_overlap: int = 0,
     seed: int = 0,
     batch_size: int = 2,
 ) -> Float[Tensor, "clips 3 frames height width"]:
@@ -47,6 +49,9 @@ def upscale_clips(
         overlap: Frames that a window shares with the one before. There the predictions of both are averaged in every
             step, which takes the seams away and costs ``window / (window - overlap)`` times as much. If the windows
             do not come out even, the last one is moved back, and shares more.
+        tile: Height and width, on the grid, of what the UNet sees at a time; None for whole frames.
+        tile_overlap: Rows, and columns, that a tile shares with the one before, where they fade into each other; see
+            `in_parts`.
         seed: Of the noise, which depends on it and on the clip's place alone.
         batch_size: Clips at a time, which bounds the memory.
 
@@ -54,11 +59,11 @@ def upscale_clips(
         Frames in [0, 1], ``upscaler.factor`` times as high and wide.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or windows or tiles do not move on.
     """
     _check(upscaler, low_res, noise_level)
     sampler = Sampler(upscaler.scheduler, num_inference_steps, eta)
-    parts_in_time = regions(windows(low_res.shape[2], window, overlap))
+    in_pieces = {"window": window, "overlap": overlap, "tile": tile, "tile_overlap": tile_overlap}
     conditioning = upscaler.conditioning([""] * len(low_res)) if conditioning is None else conditioning
     parts = []
     for first in range(0, len(low_res), batch_size):
@@ -76,7 +81,7 @@ def upscale_clips(
         )
         shape = (upscaler.channels, *given.shape[2:])
         start = sampler.start(clips_of_noise(shape, generators).to(given))
-        result = denoise(InRegions(model, parts_in_time), sampler, start, generators)
+        result = denoise(in_parts(model, start.shape[2:], **in_pieces), sampler, start, generators)
         parts.append(upscaler.decode(result).cpu())
     return torch.cat(parts)
 
