@@ -1,0 +1,1 @@
+"""Pipelines in the way of diffusers, put together from the parts of ``temporal_layers.recipes.sampling``."""

@@ -1,0 +1,134 @@
+"""What all pipelines share: models with temporal layers among their components, in files as well, and the loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from huggingface_hub import snapshot_download
+from jaxtyping import Float
+from torch import Tensor
+
+from temporal_layers.adapters import TemporalAdapter, adapter_of
+from temporal_layers.recipes.sampling.loop import denoise
+from temporal_layers.recipes.sampling.regions import Denoiser
+from temporal_layers.recipes.sampling.sampler import Generators, Sampler
+from temporal_layers.recipes.stages.personal import image_model, is_injected
+
+OnStepEnd = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
+"""Called as ``callback(pipeline, step, timestep, {"latents": ...})``; may return a dictionary with other latents."""
+
+DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+class InjectedPipeline(DiffusionPipeline):
+    """A pipeline some of whose components have temporal layers in them.
+
+    Such a component is saved as the image model that it was, which diffusers' own classes load, and its temporal
+    layers beside it as an adapter, which ``TemporalAdapter.from_pretrained`` loads; `from_pretrained` puts the two
+    together again.
+
+    Attributes:
+        adapter_folders: Components that may have temporal layers, and the folder that these are saved in.
+    """
+
+    adapter_folders: ClassVar[dict[str, str]] = {"unet": "temporal_adapter", "vae": "temporal_decoder"}
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _interrupt = False
+
+    def adapters(self) -> dict[str, TemporalAdapter]:
+        """The temporal layers that are there, by the name of their component."""
+        components = {name: getattr(self, name, None) for name in self.adapter_folders}
+        return {
+            name: adapter_of(model) for name, model in components.items() if model is not None and is_injected(model)
+        }
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the run ends after this step; callbacks set ``_interrupt``."""
+        return self._interrupt
+
+    def save_pretrained(self, save_directory: str | PathLike, **options: Any) -> None:
+        """Write the image components as diffusers does, and the temporal layers beside them.
+
+        Args:
+            save_directory: Made if needed.
+            **options: Of ``DiffusionPipeline.save_pretrained``.
+        """
+        images = copy.copy(self)
+        for name, adapter in self.adapters().items():
+            adapter.save_pretrained(Path(save_directory) / self.adapter_folders[name])
+            setattr(images, name, image_model(getattr(self, name)))
+        super(InjectedPipeline, images).save_pretrained(str(save_directory), **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options: Any) -> InjectedPipeline:
+        """Load what `save_pretrained` wrote, or an image pipeline with the same components, which has no adapters.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or repository of the Hugging Face hub.
+            **options: Of ``DiffusionPipeline.from_pretrained``. A component that is passed with temporal layers in it
+                keeps these.
+        """
+        source = pretrained_model_name_or_path
+        pipeline = super().from_pretrained(source, **options)
+        folder = Path(source) if Path(source).is_dir() else _download(str(source), cls.adapter_folders, options)
+        for name, inside in cls.adapter_folders.items():
+            model = getattr(pipeline, name, None)
+            if model is not None and not is_injected(model) and (folder / inside).is_dir():
+                TemporalAdapter.from_pretrained(model, folder / inside)
+        return pipeline
+
+    def denoise(
+        self,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        start: Float[Tensor, "b c f h w"],
+        generator: Generators = None,
+        *,
+        callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Float[Tensor, "b c f h w"]:
+        """The loop from noisy clips to clean ones, with a progress bar and callbacks; ends early if interrupted.
+
+        Args:
+            denoiser: What the model says.
+            sampler: The steps.
+            start: Of ``sampler.start``.
+            generator: Of fresh noise, where the scheduler draws any.
+            callback_on_step_end: Called after each step.
+            callback_on_step_end_tensor_inputs: What it gets: ``latents``, or nothing.
+
+        Raises:
+            ValueError: If a callback asks for another tensor.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__}: callback_on_step_end_tensor_inputs: expected some of "
+                f"{self._callback_tensor_inputs}, got {unknown}; leave these out"
+            )
+        self._interrupt = False
+        with self.progress_bar(total=len(sampler.timesteps)) as progress:
+
+            def on_step(number: int, timestep: Tensor, latents: Tensor) -> Tensor:
+                progress.update()
+                if callback_on_step_end is None:
+                    return latents
+                told = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                return (callback_on_step_end(self, number, timestep, told) or {}).get("latents", latents)
+
+            return denoise(denoiser, sampler, start, generator, on_step=on_step, stop=lambda: self._interrupt)
+
+
+def _download(repository: str, folders: dict[str, str], options: dict[str, Any]) -> Path:
+    """The temporal layers of a repository of the hub, where diffusers' own download leaves them out."""
+    known = {name: options[name] for name in DOWNLOAD_OPTIONS if name in options}
+    return Path(snapshot_download(repository, allow_patterns=[f"{inside}/*" for inside in folders.values()], **known))
