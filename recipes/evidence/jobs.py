@@ -21,8 +21,9 @@ from temporal_layers.recipes.evidence.corpus import Corpus
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm, load_shipped
 from temporal_layers.recipes.metrics import clip_frechet, frame_difference, motion_agreement
 from temporal_layers.recipes.sampling.clips import sample_clips
-from temporal_layers.recipes.sampling.context import ContextSampling, sample_interpolation, sample_prediction
-from temporal_layers.recipes.sampling.upscaling import measure_upscaler
+from temporal_layers.recipes.sampling.context import ContextSampling
+from temporal_layers.recipes.sampling.interpolation import sample_interpolation
+from temporal_layers.recipes.sampling.prediction import sample_prediction
 from temporal_layers.recipes.stages.clips import TensorClips, encode_clips
 from temporal_layers.recipes.stages.decoder import DEFAULT_OPTIM as DECODER_OPTIM
 from temporal_layers.recipes.stages.decoder import DEFAULT_OPTIONS as DECODER_OPTIONS
@@ -32,6 +33,7 @@ from temporal_layers.recipes.stages.image import psnr
 from temporal_layers.recipes.stages.interpolate import train_interpolate
 from temporal_layers.recipes.stages.predict import train_predict
 from temporal_layers.recipes.stages.upscale import train_upscaler
+from temporal_layers.recipes.stages.upscale_metrics import measure_upscaler
 from temporal_layers.recipes.stages.video import load_shipped_adapter, train_video
 from temporal_layers.recipes.training.engine import OptimConfig
 from temporal_layers.recipes.upscaler import load_shipped_upscaler

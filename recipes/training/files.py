@@ -22,9 +22,14 @@ def sync(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file; a reader, or a crash, finds the old one or the new one."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file; a reader, or a crash, finds the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write the same file
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(data)
         sync(temporary)
         os.replace(temporary, path)
     except OSError:

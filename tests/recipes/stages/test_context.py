@@ -10,7 +10,8 @@ from temporal_layers.recipes import cli
 from temporal_layers.recipes.bases import LabelBase
 from temporal_layers.recipes.conditioning import ContextPlanes, interpolation_mask, prediction_mask
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm, load_shipped
-from temporal_layers.recipes.sampling.context import ContextSampling, sample_interpolation
+from temporal_layers.recipes.sampling.context import ContextSampling
+from temporal_layers.recipes.sampling.interpolation import sample_interpolation
 from temporal_layers.recipes.stages.clips import ClipsConfig, TensorClips
 from temporal_layers.recipes.stages.context import (
     ContextObjective,
