@@ -32,8 +32,10 @@ from temporal_layers.recipes.data.clip_reader import ClipReader
 from temporal_layers.recipes.data.video_io import list_videos, write_video
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.image_ldm import load_shipped
+from temporal_layers.recipes.inspection import alphas_over_training
 from temporal_layers.recipes.metrics import clip_frechet, frame_difference, motion_agreement
-from temporal_layers.recipes.report import write_report
+from temporal_layers.recipes.report.page import Report, write_report
+from temporal_layers.recipes.report.page import Table as Numbers
 from temporal_layers.recipes.sampling.clips import sample_clips
 from temporal_layers.recipes.sheets import contact_sheet, side_by_side
 from temporal_layers.recipes.stages.clips import DRIVING_FPS, TensorClips, encode_clips
@@ -329,8 +331,8 @@ def _write(result: DemoResult, config: DemoConfig, run: RunFolder, footage: Foot
     sheet = contact_sheet(rows, out / "contact_sheet.png", num_columns=columns, scale=scale)
     result.adapter.save_pretrained(out / "adapter")
     run.write("metrics.json", {"table": result.table, "seconds": result.seconds})
-    write_report(
-        out / "report.html",
+    rows = {name: {key: "-" if v is None else v for key, v in row.items()} for name, row in result.table.items()}
+    report = Report(
         title="From images to video",
         summary=(
             "An image diffusion model samples every frame by itself, so the frames do not belong together. Temporal "
@@ -339,19 +341,24 @@ def _write(result: DemoResult, config: DemoConfig, run: RunFolder, footage: Foot
         ),
         clips={", ".join(result.clips): together},
         fps=fps,
-        sheet=sheet,
-        table={name: {key: "-" if v is None else v for key, v in row.items()} for name, row in result.table.items()},
-        table_note=(
-            "Frame difference: mean absolute change from frame to frame. Motion agreement: how well the motion between "
-            "two frames predicts the next; 0 for frozen clips, about 0 or below for flickering ones. Frechet distance: "
-            "between features of clips and of real clips, lower is better; a small one of this library, not FVD."
-        ),
-        losses=result.losses,
+        pictures={"Frames of each clip, one clip a row": sheet},
+        tables=[
+            Numbers(
+                rows,
+                "Frame difference: mean absolute change from frame to frame. Motion agreement: how well the motion "
+                "between two frames predicts the next; 0 for frozen clips, about 0 or below for flickering ones. "
+                "Frechet distance: between features of clips and of real clips, lower is better; a small one of this "
+                "library, not FVD.",
+            )
+        ],
+        losses={"temporal layers": result.losses},
+        curves={"Alpha of each layer over the training": alphas_over_training(run.records())},
         alphas=alphas(result.adapter),
         config=dataclasses.asdict(config),
         environment={**versions(), "processor": platform.processor() or platform.machine()},
         command="temporal-layers demo " + " ".join(_changed(config)),
     )
+    write_report(out / "report.html", report)
 
 
 def _changed(config: DemoConfig) -> list[str]:

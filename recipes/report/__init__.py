@@ -1,0 +1,1 @@
+"""Reports: one HTML file about a run, that can be sent to somebody."""
