@@ -149,12 +149,11 @@ def _denoised(
 
 def settings_of(base: VideoBase, planes: ContextPlanes, options: ContextSampling) -> dict[str, Any]:
     """What latents depend on besides what is given and told, for a `LatentStore`: the model and the options."""
-    return {
-        "unet": tensors_digest(base.unet.state_dict()),
-        "scheduler": {"class": type(base.scheduler).__name__, **base.scheduler.config},
-        "planes": asdict(planes),
-        "options": asdict(options),
-    }
+    # What diffusers notes down about a configuration, such as its version, makes no difference.
+    schedule = {name: value for name, value in base.scheduler.config.items() if not name.startswith("_")}
+    parts = {"scheduler": schedule, "planes": asdict(planes), "options": asdict(options)}
+    flat = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+    return {"unet": tensors_digest(base.unet.state_dict()), "scheduler": type(base.scheduler).__name__, **flat}
 
 
 def made_of(known: Tensor, told: Conditioning, negative: Conditioning | None = None) -> dict[str, Tensor]:

@@ -188,7 +188,10 @@ class TestFolder:
     def test_anything_else_is_refused(self, unsure_base, tmp_path):
         list(self.run(unsure_base, tmp_path))
         for how, text in (
-            ({"options": FEW}, r"LatentStore: .* expected latents of the same settings, got some with options="),
+            (
+                {"options": FEW},
+                r"LatentStore: .* expected latents of the same settings, got some with options.num_inference_steps=2",
+            ),
             ({"rate": 1.0}, r"got some with rate=0.0 in place of 1.0"),
             ({"pairs": 2}, r"got some with pairs=1 in place of 2"),
         ):

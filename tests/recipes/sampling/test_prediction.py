@@ -201,7 +201,10 @@ class TestFolder:
         list(self.run(unsure_base, tmp_path, num_frames=8))
         seed = ContextSampling(num_inference_steps=2, eta=0.5, context_scale=1.5, seed=1)
         for how, text in (
-            ({"options": seed}, r"LatentStore: .* expected latents of the same settings, got some with options=.*seed"),
+            (
+                {"options": seed},
+                r"LatentStore: .* expected latents of the same settings, got some with options.seed=0 in place of 1",
+            ),
             ({"window": 6}, r"got some with window=5 in place of 6; name another folder"),
             ({"overlap": 1}, r"got some with overlap=2 in place of 1"),
         ):
