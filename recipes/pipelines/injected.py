@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from temporal_layers.adapters import TemporalAdapter, adapter_of
-from temporal_layers.recipes.sampling.loop import denoise
+from temporal_layers.recipes.sampling.loop import OnStep, denoise
 from temporal_layers.recipes.sampling.regions import Denoiser
 from temporal_layers.recipes.sampling.sampler import Generators, Sampler
 from temporal_layers.recipes.stages.personal import image_model, is_injected
@@ -107,6 +109,31 @@ class InjectedPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a callback asks for another tensor.
         """
+        with self.reporting(
+            len(sampler.timesteps), callback_on_step_end, callback_on_step_end_tensor_inputs
+        ) as on_step:
+            return denoise(denoiser, sampler, start, generator, on_step=on_step, stop=lambda: self._interrupt)
+
+    @contextmanager
+    def reporting(
+        self,
+        total: int,
+        callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Iterator[OnStep]:
+        """One progress bar, and callbacks that count on, over the steps of one loop or of several.
+
+        Args:
+            total: Steps of all loops.
+            callback_on_step_end: Called after each step.
+            callback_on_step_end_tensor_inputs: What it gets: ``latents``, or nothing.
+
+        Yields:
+            What the loops are to call after each step.
+
+        Raises:
+            ValueError: If a callback asks for another tensor.
+        """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
@@ -115,17 +142,17 @@ class InjectedPipeline(DiffusionPipeline):
                 f"{type(self).__name__}: callback_on_step_end_tensor_inputs: expected some of "
                 f"{self._callback_tensor_inputs}, got {unknown}; leave these out"
             )
-        self._interrupt = False
-        with self.progress_bar(total=len(sampler.timesteps)) as progress:
+        self._interrupt, steps = False, itertools.count()
+        with self.progress_bar(total=total) as progress:
 
-            def on_step(number: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            def on_step(_: int, timestep: Tensor, latents: Tensor) -> Tensor:
                 progress.update()
                 if callback_on_step_end is None:
                     return latents
                 told = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                return (callback_on_step_end(self, number, timestep, told) or {}).get("latents", latents)
+                return (callback_on_step_end(self, next(steps), timestep, told) or {}).get("latents", latents)
 
-            return denoise(denoiser, sampler, start, generator, on_step=on_step, stop=lambda: self._interrupt)
+            yield on_step
 
 
 def _download(repository: str, folders: dict[str, str], options: dict[str, Any]) -> Path:
