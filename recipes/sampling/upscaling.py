@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from diffusers import UNet2DModel
+from jaxtyping import Float
 from torch import Tensor
 
 from temporal_layers import fold_frames, unfold_frames
@@ -61,7 +62,7 @@ def upscale_clips(
     Raises:
         ValueError: If an argument is out of range, or windows or tiles do not move on.
     """
-    _check(upscaler, low_res, noise_level)
+    check_upscaling("upscale_clips", upscaler, low_res, noise_level, tile)
     sampler = Sampler(upscaler.scheduler, num_inference_steps, eta)
     in_pieces = {"window": window, "overlap": overlap, "tile": tile, "tile_overlap": tile_overlap}
     conditioning = upscaler.conditioning([""] * len(low_res)) if conditioning is None else conditioning
@@ -70,41 +71,51 @@ def upscale_clips(
         rows = range(first, min(first + batch_size, len(low_res)))
         some = {name: value[rows.start : rows.stop] for name, value in conditioning.items()}
         generators = clip_generators(seed, rows, "upscaling")
-        given, levels = _given(upscaler, low_res[rows.start : rows.stop], noise_level, generators)
+        given = on_grid(upscaler, low_res[rows.start : rows.stop]).to(upscaler.device)
+        noise = clips_of_noise(given.shape[1:], generators).to(given)
         model = UpscalerModel(
             upscaler,
             given,
-            levels,
+            noise,
+            noise_level,
             on_device(some, given.device),
             guidance_scale=guidance_scale,
             frame_by_frame=frame_by_frame,
         )
         shape = (upscaler.channels, *given.shape[2:])
         start = sampler.start(clips_of_noise(shape, generators).to(given))
-        result = denoise(in_parts(model, start.shape[2:], **in_pieces), sampler, start, generators)
+        result = denoise(in_parts(model, shape[1:], **in_pieces), sampler, start, generators)
         parts.append(upscaler.decode(result).cpu())
     return torch.cat(parts)
 
 
-def _check(upscaler: Upscaler, low_res: Tensor, noise_level: int) -> None:
+def check_upscaling(
+    who: str, upscaler: Upscaler, low_res: Tensor, noise_level: int, tile: tuple[int, int] | None
+) -> None:
+    """Raise a ``ValueError`` unless these are clips, of sizes that the UNet takes, and there is such a noise level."""
     if low_res.ndim != 5 or low_res.shape[1] != 3 or 0 in low_res.shape:
         raise ValueError(
-            f"upscale_clips: low_res: expected (clips, 3, frames, height, width), got {tuple(low_res.shape)}; "
+            f"{who}: low_res: expected (clips, 3, frames, height, width), got {tuple(low_res.shape)}; "
             "add a batch axis to a single clip by low_res[None]"
         )
     last = upscaler.low_res_scheduler.config.num_train_timesteps - 1
     if not 0 <= noise_level <= last:
-        raise ValueError(f"upscale_clips: noise_level: expected 0 to {last}, got {noise_level}")
+        raise ValueError(f"{who}: noise_level: expected 0 to {last}, got {noise_level}")
+    if isinstance(upscaler.unet, UNet2DModel):  # others pad what does not come out even
+        times = upscaler.factor // upscaler.cell
+        step = 2 ** (len(upscaler.unet.config.block_out_channels) - 1)
+        whole = tuple(times * side for side in low_res.shape[-2:])
+        for name, sides in (("low_res", whole), ("tile", tile or (step, step))):
+            if any(side % step for side in sides):
+                raise ValueError(
+                    f"{who}: {name}: expected a height and width on the grid in multiples of {step}, which the UNet "
+                    f"shrinks them by, got {' x '.join(map(str, sides))}; choose others, or crop the clips"
+                )
 
 
-def _given(
-    upscaler: Upscaler, low_res: Tensor, noise_level: int, generators: list[torch.Generator]
-) -> tuple[Float[Tensor, "b 3 f h w"], Int[Tensor, " b"]]:
-    num_frames = low_res.shape[2]
-    enlarged = unfold_frames(upscaler.enlarged(fold_frames(2 * low_res.float() - 1)), num_frames)
-    noise = torch.stack([torch.randn(enlarged.shape[1:], generator=generator) for generator in generators])
-    levels = torch.full((len(low_res),), noise_level, device=upscaler.device)
-    return upscaler.augmented(enlarged.to(upscaler.device), noise.to(upscaler.device), levels), levels
+def on_grid(upscaler: Upscaler, low_res: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b 3 f grid_h grid_w"]:
+    """Low-resolution clips in [0, 1] as the UNet takes them: in [-1, 1], enlarged to the grid."""
+    return unfold_frames(upscaler.enlarged(fold_frames(2 * low_res.float() - 1)), low_res.shape[2])
 
 
 class UpscalerModel:
@@ -112,9 +123,11 @@ class UpscalerModel:
 
     Args:
         upscaler: With temporal layers unless ``frame_by_frame``.
-        given: Low-resolution clips on the grid, noise added.
-        levels: Of that noise, one a clip.
+        given: Low-resolution clips on the grid, on the device that the UNet runs on.
+        noise: Standard normal, which is added to them.
+        noise_level: How much of it; the same for all frames, as in training.
         conditioning: One row a clip.
+        without: What guidance leads away from; what says nothing if None.
         guidance_scale: Weight of classifier-free guidance.
         frame_by_frame: Leave the temporal layers out.
     """
@@ -123,18 +136,21 @@ class UpscalerModel:
         self,
         upscaler: Upscaler,
         given: Float[Tensor, "b 3 f h w"],
-        levels: Int[Tensor, " b"],
+        noise: Float[Tensor, "b 3 f h w"],
+        noise_level: int,
         conditioning: Conditioning,
         *,
+        without: Conditioning | None = None,
         guidance_scale: float = 1.0,
         frame_by_frame: bool = False,
     ) -> None:
-        self.upscaler, self.given, self.levels = upscaler, given, levels
-        self.guidance_scale, self.frame_by_frame = guidance_scale, frame_by_frame
+        self.upscaler, self.guidance_scale, self.frame_by_frame = upscaler, guidance_scale, frame_by_frame
+        self.levels = torch.full((len(given),), noise_level, device=given.device)
+        self.given = upscaler.augmented(given, noise, self.levels)
         self.guided = guidance_scale != 1 and bool(conditioning)
         if self.guided:
-            free = upscaler.conditioning([""] * len(given))
-            conditioning = {name: torch.cat([value, free[name].to(value)]) for name, value in conditioning.items()}
+            without = upscaler.conditioning([""] * len(given)) if without is None else without
+            conditioning = {name: torch.cat([value, without[name].to(value)]) for name, value in conditioning.items()}
         self.conditioning = conditioning
 
     def __call__(self, noisy: Float[Tensor, "b c f h w"], timestep: Tensor, region: Region) -> Tensor:
