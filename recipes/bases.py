@@ -59,7 +59,7 @@ class VideoBase(Protocol):
         """Conditioning that says nothing, for guidance and dropping."""
 
     def predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | None
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | dict[str, Any] | None
     ) -> Tensor:
         """What the UNet says of noisy clips ``(b, c, f, h, w)`` or images ``(b, c, h, w)``; same shape.
 
@@ -67,7 +67,8 @@ class VideoBase(Protocol):
             noisy: Noisy latents.
             timesteps: ``()``, ``(b,)`` or ``(b, f)``.
             conditioning: One row a clip.
-            **temporal: What the temporal layers of the UNet get by name, such as ``image_only``.
+            **temporal: What the UNet gets by name besides: ``image_only`` and others for its temporal layers,
+                ``cross_attention_kwargs`` for its gates.
         """
 
 
@@ -102,7 +103,7 @@ class LabelBase:
         return {"labels": torch.full((count,), self.ldm.conditioner.null_label)}
 
     def predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | None
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | dict[str, Any] | None
     ) -> Tensor:
         """Velocity; the label, or what is given as ``encoder_hidden_states``, enters through cross-attention."""
         context = conditioning.get("encoder_hidden_states")
@@ -195,7 +196,7 @@ class PipelineBase:
         return self.conditioning([0] * count, [""] * count)
 
     def predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | None
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | dict[str, Any] | None
     ) -> Tensor:
         """What the UNet predicts: noise, velocity, sample or flow, as the scheduler's configuration says."""
         if isinstance(self.unet, UNet2DModel):
