@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from temporal_layers.recipes.denoising import clip_noise
+from temporal_layers.recipes.sampling.sampler import Generators
 from temporal_layers.recipes.training.streams import generator_at
 
 
@@ -21,6 +22,23 @@ def clip_generators(seed: int, numbers: Iterable[int], purpose: str = "sampling"
         purpose: Keeps apart what is drawn for different purposes.
     """
     return [generator_at(seed, number, purpose) for number in numbers]
+
+
+def one_a_clip(who: str, generator: Generators, clips: int) -> list[torch.Generator]:
+    """Sources of noise for clips, from what a pipeline was given: none, one for all, or one a clip.
+
+    Raises:
+        ValueError: If there are too few or too many, or one is not on the CPU.
+    """
+    if generator is None:
+        generator = torch.default_generator
+    sources = [generator] * clips if isinstance(generator, torch.Generator) else list(generator)
+    if len(sources) != clips or any(source.device.type != "cpu" for source in sources):
+        raise ValueError(
+            f"{who}: generator: expected one on the CPU, or one for each of {clips} clips, got {len(sources)} on "
+            f"{', '.join(sorted({source.device.type for source in sources}))}"
+        )
+    return sources
 
 
 def clips_of_noise(
