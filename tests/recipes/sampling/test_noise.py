@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from temporal_layers.recipes.denoising import clip_noise
-from temporal_layers.recipes.sampling.noise import clip_generators, clips_of_noise, extend_noise
+from temporal_layers.recipes.sampling.noise import clip_generators, clips_of_noise, extend_noise, one_a_clip
 
 SIGMAS = 5
 """Of a sample's deviation: beyond it by chance once in two million."""
@@ -113,3 +113,12 @@ def test_noise_is_extended_within_bounds():
             extend_noise(noise, 8, generators, step=step)
     with pytest.raises(ValueError, match=r"extend_noise: generators: expected one for each of 2 clips, got 1"):
         extend_noise(noise, 8, generators[:1], step=2)
+
+
+def test_sources_are_none_one_or_one_a_clip():
+    one, other = torch.Generator(), torch.Generator()
+    assert one_a_clip("Pipeline", one, 2) == [one, one]
+    assert one_a_clip("Pipeline", (one, other), 2) == [one, other]
+    assert one_a_clip("Pipeline", None, 2) == [torch.default_generator] * 2
+    with pytest.raises(ValueError, match=r"Pipeline: generator: expected one on the CPU, or .* 3 clips, got 2 on cpu"):
+        one_a_clip("Pipeline", [one, other], 3)
