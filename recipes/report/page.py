@@ -182,13 +182,13 @@ def _attention_html(attention: AttentionRecord) -> str:
     figures = []
     for name, weights in attention.weights.items():
         for (row, column), pixel in zip(attention.pixels, weights[0], strict=True):
-            values = (pixel.float() * 255).round().clamp(0, 255).byte().cpu().numpy()
+            values = (pixel.float() / pixel.max() * 255).round().byte().cpu().numpy()
             data = io.BytesIO()
             Image.fromarray(values).save(data, "png")
             place = f"{name}, at {row:.2f} of the height and {column:.2f} of the width"
             image = f'<img src="{_encoded("image/png", data.getvalue())}" alt="{escape(place)}">'
             figures.append(f"<figure>{image}<figcaption>{escape(place)}</figcaption></figure>")
-    note = "The frame of a row attends to the frame of a column: white all, black none. Mean over heads."
+    note = "The frame of a row attends to that of a column: white most, black not at all. Mean over heads."
     return f'<div class="maps">{"".join(figures)}</div><p class="note">{note}</p>' if figures else ""
 
 
@@ -205,8 +205,8 @@ def _numbers_html(table: Table) -> str:
         for row, cells in table.rows.items()
     )
     body = f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody>"
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    return f'<div class="scroll"><table class="numbers">{body}</table></div>{note}'
+    note = f"<figcaption>{escape(table.note)}</figcaption>" if table.note else ""
+    return f'<figure><div class="scroll"><table class="numbers">{body}</table></div>{note}</figure>'
 
 
 def _settings_html(heading: str, settings: Mapping[str, object]) -> str:
