@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -21,10 +23,11 @@ from torch import Tensor, nn
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.adapters import TemporalAdapter
 from temporal_layers.adapters.weights import AdapterWeights
-from temporal_layers.recipes.autoencoding import encode_frames
+from temporal_layers.recipes.autoencoding import decode_latents, encode_frames
 from temporal_layers.recipes.bases import LabelBase, PipelineBase, VideoBase
 from temporal_layers.recipes.image_ldm import ImageLDM, LabelConditioner
 from temporal_layers.recipes.pipelines.injected import InjectedPipeline
+from temporal_layers.recipes.pipelines.outputs import VideoOutput, frames_of
 from temporal_layers.recipes.stages.personal import TwoTexts, is_injected
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "conditioner")
@@ -217,10 +220,72 @@ class TemporalPipeline(InjectedPipeline, TextualInversionLoaderMixin, StableDiff
     @torch.no_grad()
     def encode_clips(self, frames: Float[Tensor, "b 3 f height width"]) -> Float[Tensor, "b c f h w"]:
         """Latents of unit scale of frames in [0, 1], each by itself, on the device that the models run on."""
-        dtype = (self.unet if self.vae is None else self.vae).dtype
-        pixels = 2 * fold_frames(frames).to(self._execution_device, dtype) - 1
-        latents = pixels if self.vae is None else encode_frames(self.vae, pixels)
-        return unfold_frames(latents, frames.shape[2])
+        pixels = 2 * fold_frames(frames).to(self._execution_device) - 1
+        if self.vae is None:
+            return unfold_frames(pixels.to(self.unet.dtype), frames.shape[2])
+        with self._vae_in_range():
+            return unfold_frames(encode_frames(self.vae, pixels.to(self.vae.dtype)), frames.shape[2])
+
+    @torch.no_grad()
+    def decode_clips(
+        self, latents: Float[Tensor, "b c f h w"], *, decode_chunk_size: int | None = None
+    ) -> Float[Tensor, "b 3 f height width"]:
+        """Frames in [0, 1] of latents of unit scale.
+
+        Args:
+            latents: Of clips.
+            decode_chunk_size: Frames that are decoded at a time, which bounds the memory: without temporal layers in
+                the decoder any number, and with some as in ``pipeline.decoder.enable_temporal_chunking``, which can
+                also be called before, with an overlap. None for 16 without and whole clips with them.
+
+        Raises:
+            ValueError: As there.
+        """
+        if self.vae is None:
+            return self.base.decode(latents)
+        options = {} if decode_chunk_size is None else {"batch_size": decode_chunk_size}
+        with self._vae_in_range(), self._in_chunks(decode_chunk_size):
+            return decode_latents(self.vae, latents, **options)
+
+    def finish(
+        self, latents: Float[Tensor, "b c f h w"], *, output_type: str, return_dict: bool, **decoding: Any
+    ) -> VideoOutput | tuple[Any]:
+        """What a call of the pipeline returns.
+
+        Args:
+            latents: Clean ones.
+            output_type: Of `VideoOutput`.
+            return_dict: Or a tuple.
+            **decoding: Of `decode_clips`.
+        """
+        frames = latents if output_type == "latent" else frames_of(self.decode_clips(latents, **decoding), output_type)
+        self.maybe_free_model_hooks()
+        return VideoOutput(frames=frames) if return_dict else (frames,)
+
+    @contextmanager
+    def _vae_in_range(self) -> Iterator[None]:
+        """Single precision for the autoencoder of Stable Diffusion XL, which leaves the range of fp16."""
+        narrow = self.vae.dtype == torch.float16 and self.text_encoder_2 is not None and self.vae.config.force_upcast
+        if narrow:
+            self.vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            if narrow:
+                self.vae.to(torch.float16)
+
+    @contextmanager
+    def _in_chunks(self, size: int | None) -> Iterator[None]:
+        if size is None or not is_injected(self.vae):
+            yield
+            return
+        state = self.vae._temporal_state
+        before = state.chunking
+        self.decoder.enable_temporal_chunking(size)
+        try:
+            yield
+        finally:
+            state.chunking = before
 
 
 def _text_parts(pipeline: DiffusionPipeline | ImageLDM) -> dict[str, Any]:

@@ -46,16 +46,13 @@ def frames_of(clips: Float[Tensor, "b 3 f height width"], output_type: str) -> l
     return VideoProcessor(do_normalize=False).postprocess_video(clips, output_type)
 
 
-def clips_of(
-    who: str, frames: Frames, size: tuple[int, int], *, channels: int = 3
-) -> Float[Tensor, "b channels f height width"]:
+def clips_of(who: str, frames: Frames, size: tuple[int, int]) -> Float[Tensor, "b 3 f height width"]:
     """Clips in [0, 1] of whatever frames a pipeline was given.
 
     Args:
         who: Name of the pipeline and the argument, for the error texts.
         frames: Images of another size are resized to cover ``size``, and cropped in the middle.
         size: Height and width.
-        channels: Of arrays and tensors.
 
     Raises:
         ValueError: If these are no frames, or arrays or tensors of another size, or with values beyond [0, 1].
@@ -69,12 +66,12 @@ def clips_of(
         clips = processor.preprocess_video(_as_clips(frames), **options)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{who}: expected images, or arrays (..., height, width, {channels}) or tensors (..., {channels}, height, "
-            f"width), of a frame, a clip or several clips of the same length, got {_described(frames)}: {error}"
+            f"{who}: expected images, or arrays (..., height, width, 3) or tensors (..., 3, height, width), of "
+            f"a frame, a clip or several clips of the same length, got {_described(frames)}: {error}"
         ) from error
-    if clips.shape[1] != channels or tuple(clips.shape[-2:]) != tuple(size):
+    if clips.shape[1] != 3 or tuple(clips.shape[-2:]) != tuple(size):
         raise ValueError(
-            f"{who}: expected frames of {channels} channels, {size[0]} high and {size[1]} wide, got "
+            f"{who}: expected frames of 3 channels, {size[0]} high and {size[1]} wide, got "
             f"{clips.shape[1]} channels, {clips.shape[-2]} high and {clips.shape[-1]} wide; resize them, or pass images"
         )
     if not 0 <= clips.min() <= clips.max() <= 1:

@@ -20,25 +20,10 @@ from safetensors.torch import load_file
 
 from temporal_layers.adapters import TemporalAdapter, TemporalConfig, inject
 from temporal_layers.recipes.bases import LabelBase, PipelineBase
-from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.pipelines import injected
 from temporal_layers.recipes.pipelines.components import TemporalPipeline
 from temporal_layers.recipes.sampling.sampler import Sampler
 from temporal_layers.recipes.stages.personal import TwoTexts
-
-
-def randomise(adapter):
-    for layer in adapter.layers.values():
-        for parameter in layer.parameters():
-            if not parameter.abs().sum():
-                torch.nn.init.normal_(parameter, std=0.1)
-    return adapter
-
-
-@pytest.fixture
-def label_model():
-    config = ImageLDMConfig(height=32, width=48, vae_channels=(8, 8), unet_channels=(16, 32), num_heads=2)
-    return build_image_ldm(config, ("day", "night"))
 
 
 @pytest.fixture
@@ -54,17 +39,23 @@ def vq_pipeline(unconditional):
     return LDMPipeline(vqvae, unconditional.unet, DDIMScheduler(clip_sample=False))
 
 
+@pytest.fixture
+def injected_pipeline(randomise):
+    """A pipeline of an image pipeline, temporal layers in its UNet and, if it has one, its decoder."""
+
+    def injected_pipeline(image_pipeline):
+        autoencoder = getattr(image_pipeline, "vae", None) or getattr(image_pipeline, "vqvae", None)
+        randomise(inject(image_pipeline.unet))
+        if autoencoder is not None:
+            randomise(inject(autoencoder, TemporalConfig.for_decoder()))
+        return TemporalPipeline.from_image_pipeline(image_pipeline)
+
+    return injected_pipeline
+
+
 @pytest.fixture(params=["stable_diffusion", "stable_diffusion_xl", "unconditional", "vq_pipeline", "label_model"])
 def image_pipeline(request):
     return request.getfixturevalue(request.param)
-
-
-def injected_pipeline(image_pipeline):
-    autoencoder = getattr(image_pipeline, "vae", None) or getattr(image_pipeline, "vqvae", None)
-    randomise(inject(image_pipeline.unet))
-    if autoencoder is not None:
-        randomise(inject(autoencoder, TemporalConfig.for_decoder()))
-    return TemporalPipeline.from_image_pipeline(image_pipeline)
 
 
 def outputs(pipeline):
@@ -78,7 +69,7 @@ def outputs(pipeline):
         return base.predict(latents, torch.tensor(300), told), base.decode(latents), pipeline.encode_clips(frames)
 
 
-def test_saved_and_loaded_it_gives_the_same_bit_for_bit(image_pipeline, tmp_path):
+def test_saved_and_loaded_it_gives_the_same_bit_for_bit(image_pipeline, tmp_path, injected_pipeline):
     pipeline = injected_pipeline(image_pipeline)
     expected = outputs(pipeline)
     pipeline.save_pretrained(tmp_path)
@@ -91,7 +82,7 @@ def test_saved_and_loaded_it_gives_the_same_bit_for_bit(image_pipeline, tmp_path
         assert torch.equal(one, other)
 
 
-def test_files_hold_the_image_model_and_the_adapters_apart(stable_diffusion, tmp_path):
+def test_files_hold_the_image_model_and_the_adapters_apart(stable_diffusion, tmp_path, injected_pipeline):
     plain = copy.deepcopy(stable_diffusion)
     pipeline = injected_pipeline(stable_diffusion)
     pipeline.save_pretrained(tmp_path)
@@ -119,7 +110,7 @@ def test_an_image_pipeline_loads_without_adapters(stable_diffusion, tmp_path):
         _ = pipeline.decoder
 
 
-def test_a_unet_that_is_passed_keeps_its_layers(stable_diffusion, tmp_path):
+def test_a_unet_that_is_passed_keeps_its_layers(stable_diffusion, tmp_path, injected_pipeline):
     injected_pipeline(stable_diffusion).save_pretrained(tmp_path)
     other = copy.deepcopy(stable_diffusion.unet)
     layers = TemporalAdapter(other).layers
@@ -127,7 +118,7 @@ def test_a_unet_that_is_passed_keeps_its_layers(stable_diffusion, tmp_path):
     assert pipeline.unet is other and all(pipeline.adapter.layers[name] is layer for name, layer in layers.items())
 
 
-def test_from_the_hub_the_adapters_are_fetched_as_well(stable_diffusion, tmp_path, monkeypatch):
+def test_from_the_hub_the_adapters_are_fetched_as_well(stable_diffusion, tmp_path, monkeypatch, injected_pipeline):
     injected_pipeline(stable_diffusion).save_pretrained(tmp_path)
     asked = []
 
@@ -148,7 +139,7 @@ def test_from_the_hub_the_adapters_are_fetched_as_well(stable_diffusion, tmp_pat
     assert pipeline.adapters().keys() == {"unet", "vae"}
 
 
-def test_components_are_shared_and_adapters_loaded_into_them(stable_diffusion, tmp_path):
+def test_components_are_shared_and_adapters_loaded_into_them(stable_diffusion, tmp_path, injected_pipeline):
     twin = copy.deepcopy(stable_diffusion)
     made = injected_pipeline(stable_diffusion)
     made.adapter.save_pretrained(tmp_path / "unet")
@@ -166,7 +157,7 @@ def test_an_image_pipeline_without_layers_is_refused(stable_diffusion):
         TemporalPipeline.from_image_pipeline(DiffusionPipeline())
 
 
-def test_the_base_is_of_the_kind_of_the_image_model(stable_diffusion, label_model):
+def test_the_base_is_of_the_kind_of_the_image_model(stable_diffusion, label_model, injected_pipeline):
     pipeline = injected_pipeline(stable_diffusion)
     pipeline.unet.train().requires_grad_(True)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
@@ -178,7 +169,7 @@ def test_the_base_is_of_the_kind_of_the_image_model(stable_diffusion, label_mode
     assert labelled.ldm.labels == ("day", "night")
 
 
-def test_original_text_encoders_are_told_to_the_temporal_layers(stable_diffusion, tmp_path):
+def test_original_text_encoders_are_told_to_the_temporal_layers(stable_diffusion, tmp_path, randomise):
     original = copy.deepcopy(stable_diffusion)
     for parameter in stable_diffusion.text_encoder.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
@@ -196,7 +187,7 @@ def test_original_text_encoders_are_told_to_the_temporal_layers(stable_diffusion
     assert pipeline.text_encoder is stable_diffusion.text_encoder
 
 
-def test_prompts_are_encoded_by_the_code_of_diffusers(stable_diffusion, stable_diffusion_xl):
+def test_prompts_are_encoded_by_the_code_of_diffusers(stable_diffusion, stable_diffusion_xl, injected_pipeline):
     for image, kind in ((stable_diffusion, StableDiffusionPipeline), (stable_diffusion_xl, StableDiffusionXLPipeline)):
         assert type(image) is kind
         options = {
@@ -211,14 +202,14 @@ def test_prompts_are_encoded_by_the_code_of_diffusers(stable_diffusion, stable_d
         assert all(torch.equal(value, other) for value, other in zip(got, expected, strict=True))
 
 
-def test_casting_moves_all_components(stable_diffusion):
+def test_casting_moves_all_components(stable_diffusion, injected_pipeline):
     pipeline = injected_pipeline(stable_diffusion).to(torch.bfloat16)
     assert pipeline.dtype == pipeline.unet.dtype == pipeline.vae.dtype == torch.bfloat16
     assert {p.dtype for _, p in pipeline.adapter.named_parameters("temporal")} == {torch.bfloat16}
     assert {p.dtype for _, p in pipeline.adapter.named_parameters("alpha")} == {torch.float32}
 
 
-def test_half_precision_files_load_in_half_precision(stable_diffusion, tmp_path):
+def test_half_precision_files_load_in_half_precision(stable_diffusion, tmp_path, injected_pipeline):
     injected_pipeline(stable_diffusion).save_pretrained(tmp_path)
     pipeline = TemporalPipeline.from_pretrained(tmp_path, dtype=torch.float16)
     assert {p.dtype for _, p in pipeline.adapter.named_parameters("temporal")} == {torch.float16}
@@ -230,7 +221,7 @@ def test_the_order_of_offloading_names_components():
     assert set(named) == modules and named[-2:] == ["unet", "vae"]
 
 
-def test_textual_inversion_and_lora_come_with_diffusers_loaders(stable_diffusion, tmp_path):
+def test_textual_inversion_and_lora_come_with_diffusers_loaders(stable_diffusion, tmp_path, injected_pipeline):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
@@ -264,7 +255,7 @@ def run(pipeline, callback, **options):
     return pipeline.denoise(Halfway(), sampler, start, callback_on_step_end=callback, **options)
 
 
-def test_callbacks_change_latents_and_end_the_run(unconditional):
+def test_callbacks_change_latents_and_end_the_run(unconditional, injected_pipeline):
     pipeline = injected_pipeline(unconditional)
     pipeline.set_progress_bar_config(disable=True)
     seen = []
