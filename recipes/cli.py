@@ -18,6 +18,7 @@ COMMANDS = {
     "train decoder": ("stages.decoder", "train a video decoder: temporal layers in the autoencoder's decoder"),
     "train dreambooth": ("stages.dreambooth", "teach the image model a subject; temporal layers stay as they are"),
     "train features": ("evaluation.features_stage", "train the small video network behind the offline metrics"),
+    "train embedded": ("stages.embedded", "list the models that come with the package, and make them again"),
     "train image": ("stages.image", "train the image model on single frames: autoencoder, then UNet"),
     "train interpolate": ("stages.interpolate", "train temporal layers that make frames between frames"),
     "train motion-lora": ("stages.motion_lora", "teach temporal layers a motion from a few clips"),
