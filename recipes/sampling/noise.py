@@ -60,37 +60,40 @@ def clips_of_noise(
     return torch.stack([clip_noise(shape, generator=source, **options) for source in generators])
 
 
-def extend_noise(
-    noise: Float[Tensor, "clips channels window height width"],
-    num_frames: int,
+def windows_of_noise(
+    shape: Sequence[int],
     generators: Sequence[torch.Generator],
     *,
+    window: int,
     step: int,
+    correlation: float = 0.0,
+    progressive: bool = False,
 ) -> Float[Tensor, "clips channels frames height width"]:
-    """Noise for longer clips out of the frames of one window, shuffled again and again (FreeNoise, Qiu et al. 2024).
+    """As `clips_of_noise`, of the frames of one window, shuffled again and again (FreeNoise, Qiu et al. 2024).
 
-    Every ``step`` frames are those of a window earlier in another order. So each window of that length that begins at a
-    multiple of ``step`` has all the frames of ``noise``, and windows that are denoised one by one (`InRegions`) have
-    much in common, however far apart. Each frame is standard normal; a frame and its copies are equal.
+    Every ``step`` frames behind the first window are those of a window earlier in another order. So each window that
+    begins at a multiple of ``step`` has all the frames of the first one, and windows that are denoised one by one
+    (`InRegions`) have much in common, however far apart. Each frame is standard normal; a frame and its copies are
+    equal.
 
     Args:
-        noise: Of a window: as many frames as the model sees at a time.
-        num_frames: Frames in the end.
-        generators: One a clip, of the orders; every clip has orders of its own.
+        shape: Of one clip.
+        generators: One a clip, of the frames and of their orders.
+        window: Frames that the model sees at a time.
         step: Frames from one window to the next, at most a window.
+        correlation: Of the frames of the first window; see `clip_noise`.
+        progressive: Whether it falls off with their distance; likewise.
 
     Raises:
-        ValueError: If the step is out of range, or the generators are not one a clip.
+        ValueError: If the step is out of range.
     """
-    window = noise.shape[2]
     if not 1 <= step <= window:
-        raise ValueError(f"extend_noise: step: expected 1 to the {window} frames of the window, got {step}")
-    if len(generators) != len(noise):
-        raise ValueError(
-            f"extend_noise: generators: expected one for each of {len(noise)} clips, got {len(generators)}"
-        )
+        raise ValueError(f"windows_of_noise: step: expected 1 to the {window} frames of a window, got {step}")
+    channels, num_frames, *size = shape
+    options = {"correlation": correlation, "progressive": progressive}
+    first = clips_of_noise((channels, min(window, num_frames), *size), generators, **options)
     orders = [_order(window, num_frames, step, generator) for generator in generators]
-    return torch.stack([clip[:, order] for clip, order in zip(noise, orders, strict=True)])
+    return torch.stack([clip[:, order] for clip, order in zip(first, orders, strict=True)])
 
 
 def _order(window: int, num_frames: int, step: int, generator: torch.Generator) -> list[int]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from temporal_layers.recipes.denoising import clip_noise
-from temporal_layers.recipes.sampling.noise import clip_generators, clips_of_noise, extend_noise, one_a_clip
+from temporal_layers.recipes.sampling.noise import clip_generators, clips_of_noise, one_a_clip, windows_of_noise
 
 SIGMAS = 5
 """Of a sample's deviation: beyond it by chance once in two million."""
@@ -16,8 +16,7 @@ SIGMAS = 5
 def make(kind, shape=(4, 6, 48, 64), clips=1, seed=0):
     generators = clip_generators(seed, range(clips))
     if kind == "windows":
-        channels, frames, height, width = shape
-        return extend_noise(clips_of_noise((channels, 4, height, width), generators), frames, generators, step=2)
+        return windows_of_noise(shape, generators, window=4, step=2)
     options = {
         "independent": {},
         "mixed": {"correlation": 0.6},
@@ -87,32 +86,35 @@ def test_a_clip_depends_on_seed_and_place_alone(kind):
 
 @given(st.integers(1, 9), st.integers(1, 30), st.data())
 def test_every_window_has_all_frames_of_the_first(window, num_frames, data):
-    step = data.draw(st.integers(1, window))
-    noise = torch.arange(float(window)).reshape(1, 1, window, 1, 1).expand(2, 3, window, 2, 2)
-    generators = clip_generators(data.draw(st.integers(0, 9)), range(2))
-    long = extend_noise(noise, num_frames, generators, step=step)
-    assert long.shape == (2, 3, num_frames, 2, 2)
-    assert torch.equal(long[:, :, :window], noise[:, :, :num_frames])
+    step, seed = data.draw(st.integers(1, window)), data.draw(st.integers(0, 9))
+    shape = (3, num_frames, 2, 2)
+    noise = windows_of_noise(shape, clip_generators(seed, range(2)), window=window, step=step)
+    assert noise.shape == (2, *shape)
+    first = clips_of_noise((3, min(window, num_frames), 2, 2), clip_generators(seed, range(2)))
+    assert torch.equal(noise[:, :, :window], first)
     for start in range(0, num_frames - window + 1, step):
-        part = long[:, 0, start : start + window, 0, 0]
-        assert torch.equal(part.sort(1).values, noise[:, 0, :, 0, 0])
-    assert torch.equal(long, long[:, :1, :, :1, :1].expand_as(long))  # whole frames are moved
+        for clip in range(2):  # whole frames are moved, so that one value tells which one it is
+            part = noise[clip, :, start : start + window]
+            assert torch.equal(part[:, part[0, :, 0, 0].argsort()], first[clip][:, first[clip][0, :, 0, 0].argsort()])
 
 
 def test_orders_are_shuffled_and_those_of_a_clip_its_own():
-    noise = torch.arange(16.0).reshape(1, 1, 16, 1, 1).expand(2, 1, 16, 1, 1)
-    one, two = extend_noise(noise, 64, clip_generators(0, range(2)), step=8)[:, 0, :, 0, 0]
+    noise = windows_of_noise((1, 64, 1, 1), clip_generators(0, range(2)), window=16, step=8).flatten(1)
+    one, two = (clip.argsort(stable=True) for clip in noise)
     assert not torch.equal(one, two)
-    assert len({tuple(one[start : start + 16].tolist()) for start in range(0, 49, 8)}) == 7
+    assert len({tuple(noise[0, start : start + 16].tolist()) for start in range(0, 49, 8)}) == 7
 
 
-def test_noise_is_extended_within_bounds():
-    noise, generators = torch.zeros(2, 1, 4, 1, 1), clip_generators(0, range(2))
+def test_windows_of_noise_move_on():
     for step in (0, 5):
-        with pytest.raises(ValueError, match=rf"extend_noise: step: expected 1 to the 4 frames .*, got {step}"):
-            extend_noise(noise, 8, generators, step=step)
-    with pytest.raises(ValueError, match=r"extend_noise: generators: expected one for each of 2 clips, got 1"):
-        extend_noise(noise, 8, generators[:1], step=2)
+        with pytest.raises(ValueError, match=rf"windows_of_noise: step: expected 1 to the 4 frames .*, got {step}"):
+            windows_of_noise((1, 8, 1, 1), clip_generators(0, range(2)), window=4, step=step)
+
+
+def test_windows_of_noise_may_be_mixed_or_progressive():
+    options = {"correlation": 0.8, "progressive": True}
+    noise = windows_of_noise((1, 9, 2, 2), clip_generators(3, [0]), window=4, step=2, **options)
+    assert torch.equal(noise[:, :, :4], clips_of_noise((1, 4, 2, 2), clip_generators(3, [0]), **options))
 
 
 def test_sources_are_none_one_or_one_a_clip():
