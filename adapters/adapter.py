@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 from torch import nn
 
+from temporal_layers import ContextInput, FrameCache
 from temporal_layers.adapters import named
 from temporal_layers.adapters.attach import build_layers, detach
 from temporal_layers.adapters.chunks import plan_chunks
@@ -16,8 +17,11 @@ from temporal_layers.adapters.reach import receptive_field, unbounded_layers
 from temporal_layers.adapters.saving import Saving
 from temporal_layers.adapters.scale import get_scales, resolve_scales, set_scales
 from temporal_layers.adapters.sites import InjectionSite, plan
-from temporal_layers.adapters.state import TemporalState
+from temporal_layers.adapters.state import Stream, TemporalState
 from temporal_layers.adapters.summary import table
+from temporal_layers.adapters.window import get_windows, set_windows
+from temporal_layers.config import check_at_least
+from temporal_layers.streaming import check_streams
 
 __all__ = ["TemporalAdapter", "adapter_of", "inject"]
 
@@ -186,6 +190,36 @@ class TemporalAdapter(Saving):
         set_scales(self.layers, resolve_scales([site.name for site in self.sites], value))
 
     @property
+    def attention_window(self) -> int | dict[str, int | None] | None:
+        """Largest distance of frames that attend to each other; ``None`` for all. By site where layers differ.
+
+        Set it for clips longer than those of training (the paper takes 8); a layer that was made with a smaller
+        ``window`` keeps that, and ``None`` gives every layer its own again. It is for inference, and not saved.
+        """
+        return get_windows(self.layers)
+
+    @attention_window.setter
+    def attention_window(self, value: int | None) -> None:
+        set_windows(self.layers, value)
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes that a module with a temporal layer may work on at a time, at inference; ``None``, the start: no limit.
+
+        What needs more is cut where rows do not see each other, and the result is the same up to rounding: a spatial
+        module runs on a few frames at a time, and a transformer over frames on a few positions. At least one frame and
+        one position is taken, whatever the budget. The feature maps between the modules, and the convolutions over
+        frames, whose norms take in all positions, need what they need. Not saved; see docs/memory.md.
+        """
+        return self._state.memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, value: int | None) -> None:
+        if value is not None:
+            check_at_least("TemporalAdapter.memory_budget", value, 1)
+        self._state.memory_budget = value
+
+    @property
     def receptive_field(self) -> tuple[int, int] | None:
         """Frames ``(past, future)`` that a decoded frame depends on; ``None`` for the whole clip. Autoencoders only.
 
@@ -221,6 +255,39 @@ class TemporalAdapter(Saving):
         """Decode clips as a whole again. Returns the adapter."""
         self._state.chunking = None
         return self
+
+    @contextmanager
+    def streaming(self, cache: FrameCache | None = None, *, update: bool = True) -> Iterator[FrameCache]:
+        """Calls inside the ``with`` block take a clip block by block, with the result of the whole clip in one pass.
+
+        Every call of the model (of ``decode``, for an autoencoder) is the next block of frames, of any number. For
+        causal layers, and for inference. See docs/streaming.md.
+
+        Args:
+            cache: a stream to go on with; a new one if not given.
+            update: remember the frames of the calls. If false they see what the cache has and leave it as it is, so
+                that the next block can run many times before it is remembered.
+
+        Yields:
+            The cache: what the layers keep of the frames so far.
+
+        Raises:
+            ValueError: if a layer is not causal or has an alpha per frame; the calls inside raise if gradients are
+                recorded, clips are cut into chunks, or a block does not fit those before it.
+
+        Example:
+            >>> with torch.no_grad(), adapter.streaming():  # doctest: +SKIP
+            ...     frames = [vae.decode(latents).sample for latents in blocks]
+        """
+        for name, layer in self.layers.items():
+            if not isinstance(layer, ContextInput):  # works frame by frame
+                check_streams(f"TemporalAdapter.streaming: {name}", layer.config)
+        state, cache = self._state, FrameCache() if cache is None else cache
+        before, state.stream = state.stream, Stream(cache, update)
+        try:
+            yield cache
+        finally:
+            state.stream = before
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

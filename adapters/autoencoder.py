@@ -53,6 +53,11 @@ class VideoAutoencoder(VideoModel):
         num_frames = state.begin(type(self).__name__, z)
         if num_frames is None or (not state.active and z.ndim == 4):
             return super().decode(z, *args, **kwargs)
+        with state.block():
+            return self._decode_in_pieces(z, num_frames, args, kwargs)
+
+    def _decode_in_pieces(self, z: Tensor, num_frames: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        state = self._temporal_state
         slicing = getattr(self, "use_slicing", False)
         if not slicing and state.chunking is None:
             return self._decode_clips(z, num_frames, args, kwargs)

@@ -12,7 +12,7 @@ from temporal_layers.adapters.registry import MODELS, find
 from temporal_layers.adapters.state import TemporalState
 from temporal_layers.config import check_at_least
 
-__all__ = ["Chunk", "Chunking", "InPieces", "plan_chunks"]
+__all__ = ["Chunk", "Chunking", "InPieces", "Joined", "plan_chunks", "rows_of", "sample_of"]
 
 WHO = "TemporalAdapter.enable_temporal_chunking"
 
@@ -137,20 +137,17 @@ class InPieces(nn.Module):
             tail = None  # what the chunk before decoded of the frames around the cut
             for chunk in chunks:
                 output = self._run(slice(first + chunk.low, first + chunk.high), total, args, kwargs)
-                joined = joined or _Joined(output, total)
-                tail = self._append(joined, chunk, _sample(output), tail)
+                joined = joined or Joined(output, total)
+                tail = self._append(joined, chunk, sample_of(output), tail)
                 del output  # not to be kept while the next piece is decoded
         return joined.result()
 
     def _run(self, rows: slice, total: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        def cut(value: Any) -> Any:
-            return value[rows] if torch.is_tensor(value) and value.ndim > 0 and len(value) == total else value
-
         frames = rows.stop - rows.start if self.state.active else None
         with self.state.during(frames, None):
-            return self.part(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
+            return self.part(*rows_of(args, rows, total), **rows_of(kwargs, rows, total))
 
-    def _append(self, joined: "_Joined", chunk: Chunk, piece: Tensor, tail: Tensor | None) -> Tensor | None:
+    def _append(self, joined: "Joined", chunk: Chunk, piece: Tensor, tail: Tensor | None) -> Tensor | None:
         """Add the frames of a chunk that are final, and return those around the next cut."""
         blend, done = self.chunking.blend, chunk.start
         if tail is not None:
@@ -167,26 +164,39 @@ class InPieces(nn.Module):
         return piece[cut - chunk.low :] if blend else None
 
 
-def _sample(output: Any) -> Tensor:
+def rows_of(value: Any, rows: slice, total: int) -> Any:
+    """Some rows of every tensor with ``total`` rows in ``value``, however deep in tuples, lists and dictionaries."""
+    if torch.is_tensor(value):
+        return value[rows] if value.ndim > 0 and len(value) == total else value
+    if isinstance(value, dict):
+        return {name: rows_of(item, rows, total) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(rows_of(item, rows, total) for item in value)
+    return value
+
+
+def sample_of(output: Any) -> Tensor:
+    """The feature map that a module returned alone, first in a tuple or as ``sample``."""
     if torch.is_tensor(output):
         return output
     return output[0] if isinstance(output, tuple) else output.sample
 
 
-class _Joined:
-    """The frames of all pieces, in one tensor that is made at the first: a view would keep its whole piece alive.
+class Joined:
+    """The rows of all pieces, in one tensor that is made at the first: a view would keep its whole piece alive.
 
     With gradients the graph keeps the pieces anyway, and they are concatenated.
     """
 
     def __init__(self, output: Any, total: int) -> None:
-        sample = _sample(output)
+        sample = sample_of(output)
         self.output = None if torch.is_tensor(output) else output
         self.pieces: list[Tensor] | None = [] if sample.requires_grad else None
         self.frames = None if sample.requires_grad else sample.new_empty((total, *sample.shape[1:]))
         self.at = 0
 
     def add(self, piece: Tensor) -> None:
+        """Append rows."""
         if self.frames is None:
             self.pieces.append(piece)
         else:
@@ -194,6 +204,7 @@ class _Joined:
         self.at += len(piece)
 
     def result(self) -> Any:
+        """What the module returned, with all rows."""
         frames = torch.cat(self.pieces) if self.frames is None else self.frames
         if self.output is None:
             return frames

@@ -118,6 +118,10 @@ class VideoUNet(VideoModel):
         if text is not None:
             self._check_text(text)
         num_frames = state.begin(type(self).__name__, sample, image_only, frame_context, text)
+        with state.block():
+            return self._denoise(sample, num_frames, args, kwargs)
+
+    def _denoise(self, sample: Tensor, num_frames: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if sample.ndim == 4:
             return super().forward(sample, *args, **kwargs)
         timestep, *names = type(self).argument_names[1:]

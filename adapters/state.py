@@ -1,20 +1,28 @@
 """What all injected modules of one model share at run time, in one plain object."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from temporal_layers import FrameCache
 from temporal_layers.adapters.config import TemporalConfig
 from temporal_layers.adapters.sites import InjectionSite
 from temporal_layers.frames import check_divisible, fold_frames
 
-__all__ = ["FrameCheckpoint", "TemporalState", "unwrap_checkpointing", "wrap_checkpointing"]
+__all__ = ["FrameCheckpoint", "Stream", "TemporalState", "unwrap_checkpointing", "wrap_checkpointing"]
 
 
 Call = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Stream(NamedTuple):
+    """What the calls of a stream see of the frames before, and whether they add theirs."""
+
+    cache: FrameCache
+    update: bool
 
 
 class TemporalState:
@@ -34,6 +42,8 @@ class TemporalState:
         default_num_frames: clip length of 4-D input; ``None`` makes 4-D input plain images.
         chunking: how an autoencoder cuts clips to decode them (:class:`~temporal_layers.adapters.chunks.Chunking`);
             ``None`` to decode them whole.
+        memory_budget: bytes that a module may work on at a time, at inference; ``None`` for no limit.
+        stream: the stream of frames that calls belong to, or ``None`` for whole clips.
         image_only: ``(batch, num_frames)`` bool, true for frames that bypass the temporal layers, or ``None``.
         frame_context: ``(batch * num_frames, planes, height, width)`` of the frames that are given, or ``None``.
         text: ``(batch, tokens, channels)`` for the temporal layers alone, or ``None`` for that of the image model.
@@ -50,6 +60,8 @@ class TemporalState:
         self.enabled = True
         self.default_num_frames: int | None = None
         self.chunking: Any = None
+        self.memory_budget: int | None = None
+        self.stream: Stream | None = None
         self._clip: Tensor | None = None
         self.image_only: Tensor | None = None
         self.frame_context: Tensor | None = None
@@ -118,9 +130,29 @@ class TemporalState:
         """Whether the temporal layers run in the current call."""
         return self._clip is not None
 
+    @property
+    def cache(self) -> FrameCache | None:
+        """Earlier frames for the temporal layers; ``None`` for whole clips."""
+        return None if self.stream is None else self.stream.cache
+
+    def block(self) -> AbstractContextManager[None]:
+        """Run the body, a call of the model that began, as the next block of the stream under way, if there is one.
+
+        Raises:
+            ValueError: if blocks would be cut into chunks.
+        """
+        if self.stream is None or not self.active:
+            return nullcontext()
+        if self.chunking is not None:
+            raise ValueError(
+                "TemporalAdapter.streaming: expected whole blocks, got enable_temporal_chunking(), which would cut "
+                "them; call disable_temporal_chunking() and pass shorter blocks"
+            )
+        return self.stream.cache.block(update=self.stream.update)
+
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles are made between calls; what tracing left behind there could not be pickled.
-        return {**self.__dict__, "_clip": None, "image_only": None, "frame_context": None, "text": None}
+        return {**self.__dict__, "stream": None, "_clip": None, "image_only": None, "frame_context": None, "text": None}
 
     @contextmanager
     def during(self, num_frames: Any, image_only: Tensor | None) -> Iterator[None]:

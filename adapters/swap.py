@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from temporal_layers import ContextInput, ContextTransformer, TemporalResBlock, TemporalTransformerBlock
+from temporal_layers.adapters.budget import over_frames
 from temporal_layers.adapters.scale import scale_of
 
 __all__ = ["Swapped", "check_restorable", "check_swappable", "restore_class", "site_mixin", "swap_class"]
@@ -33,7 +34,7 @@ class TemporalSite(Swapped):
     extra_index: int = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
+        output = self._spatial(args, kwargs)
         state = self._temporal_state
         if not state.active or scale_of(self.temporal) == 0:
             return output  # at a strength of 0 bit for bit, and at no cost
@@ -44,6 +45,16 @@ class TemporalSite(Swapped):
             return self._mix(output, extra)
         output.sample = self._mix(output.sample, extra)
         return output
+
+    def _spatial(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        state, forward = self._temporal_state, super().forward
+        # Within a module that holds another temporal layer the frames of a clip have to stay together.
+        if not state.active or state.memory_budget is None or self._holds_site():
+            return forward(*args, **kwargs)
+        return over_frames(forward, args, kwargs, state.memory_budget)
+
+    def _holds_site(self) -> bool:
+        return any(isinstance(module, TemporalSite) for module in self.modules() if module is not self)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in the image model, plus the temporal layer if the state dict of the whole model is asked for.
@@ -81,6 +92,7 @@ class ResBlockSite(TemporalSite):
             num_frames=state.num_frames,
             image_only=state.image_only,
             frame_context=self._frame_context(),
+            cache=state.cache,
         )
 
     def _frame_context(self) -> Tensor | None:
@@ -102,7 +114,14 @@ class TransformerSite(TemporalSite):
             context = state.text
             if context is None and extra is not None:
                 context = extra.unflatten(0, (-1, state.num_frames))[:, 0]
-        return self.temporal(hidden_states, context, num_frames=state.num_frames, image_only=state.image_only)
+        return self.temporal(
+            hidden_states,
+            context,
+            num_frames=state.num_frames,
+            image_only=state.image_only,
+            cache=state.cache,
+            memory_budget=state.memory_budget,
+        )
 
 
 class ConvSite(TemporalSite):
@@ -112,7 +131,7 @@ class ConvSite(TemporalSite):
 
     def _mix(self, hidden_states: Tensor, extra: Any) -> Tensor:
         state = self._temporal_state
-        return self.temporal(hidden_states, num_frames=state.num_frames, image_only=state.image_only)
+        return self.temporal(hidden_states, num_frames=state.num_frames, image_only=state.image_only, cache=state.cache)
 
 
 class ContextSite(TemporalSite):
@@ -127,7 +146,14 @@ class ContextSite(TemporalSite):
             frame_context=state.frame_context,
             num_frames=state.num_frames,
             image_only=state.image_only,
+            **self._for_frames(),
         )
+
+    def _for_frames(self) -> dict[str, Any]:
+        # Adding a context is done frame by frame.
+        if not isinstance(self.temporal, ContextTransformer):
+            return {}
+        return {"cache": self._temporal_state.cache, "memory_budget": self._temporal_state.memory_budget}
 
 
 def site_mixin(layer: nn.Module) -> type[TemporalSite]:

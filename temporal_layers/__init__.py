@@ -26,6 +26,7 @@ from temporal_layers.positions import (
     sinusoidal_embedding,
 )
 from temporal_layers.resnet import TemporalResBlock
+from temporal_layers.streaming import FrameCache
 from temporal_layers.transformer import TemporalTransformerBlock
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "ContextConfig",
     "ContextInput",
     "ContextTransformer",
+    "FrameCache",
     "RelativePositionBias",
     "RotaryPosition",
     "SinusoidalMLPPosition",

@@ -9,6 +9,7 @@ from temporal_layers.frames import check_divisible
 from temporal_layers.kernels.dispatch import Impl
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.positions import RelativePositionBias, RotaryPosition, SinusoidalPosition, zero_
+from temporal_layers.streaming import FrameCache, check_streams
 
 __all__ = ["TemporalAttention"]
 
@@ -84,6 +85,7 @@ class TemporalAttention(nn.Module):
         *,
         num_frames: int,
         frame_mask: Bool[Tensor, "batch frames"] | None = None,
+        cache: FrameCache | None = None,
     ) -> Float[Tensor, "n positions dim"]:
         """Attend.
 
@@ -92,32 +94,45 @@ class TemporalAttention(nn.Module):
             context: ``(batch, tokens, context_dim)``, one context a clip; only with ``context_dim``.
             num_frames: frames of a clip.
             frame_mask: ``(batch, num_frames)``, true for frames that may be attended to; for padded clips.
+            cache: earlier frames of the clip, which are attended to as well; see :class:`FrameCache`. Cross-attention
+                has no use for it.
 
         Returns:
             ``(batch * num_frames, positions, dim)``.
 
         Raises:
-            ValueError: if the batch is no multiple of ``num_frames``, ``context`` has another shape, or ``context`` or
-                ``frame_mask`` comes to a layer that has no use for it.
+            ValueError: if the batch is no multiple of ``num_frames``, ``context`` has another shape, ``context`` or
+                ``frame_mask`` comes to a layer that has no use for it, or ``cache`` comes to a layer that is not
+                causal, together with ``frame_mask``, or with frames that do not go on where it ends.
         """
         check_divisible("TemporalAttention", hidden_states.shape[0], num_frames)
         self._check_extras(context, frame_mask, hidden_states.shape[0] // num_frames)
         if self.context_dim is not None:
             return self.to_out(self._cross(hidden_states, context, num_frames))
+        if cache is not None:
+            self._check_cache(frame_mask)
+        first_frame = 0 if cache is None else cache.num_frames
         if self.position is not None:
-            hidden_states = add_per_frame(
-                hidden_states, self.position(num_frames, device=hidden_states.device, dtype=hidden_states.dtype)
-            )
+            place = {"device": hidden_states.device, "dtype": hidden_states.dtype, "first_frame": first_frame}
+            hidden_states = add_per_frame(hidden_states, self.position(num_frames, **place))
         query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
         if self.rotary is not None:
-            query, key = self.rotary(query, num_frames=num_frames), self.rotary(key, num_frames=num_frames)
+            query = self.rotary(query, num_frames=num_frames, first_frame=first_frame)
+            key = self.rotary(key, num_frames=num_frames, first_frame=first_frame)
+        key_frames = num_frames
+        if cache is not None:
+            clips = tuple(x.unflatten(0, (-1, num_frames)) for x in (key, value))
+            clips = cache.extend(self, clips, keep=self.window)
+            key_frames = clips[0].shape[1]
+            key, value = (x.flatten(0, 1) for x in clips)
         attended = temporal_attention(
             query,
             key,
             value,
             num_frames=num_frames,
+            num_key_frames=key_frames,
             num_heads=self.num_heads,
-            bias=None if self.relative is None else self.relative(num_frames).to(query.dtype),
+            bias=None if self.relative is None else self.relative(num_frames, key_frames).to(query.dtype),
             frame_mask=frame_mask,
             causal=self.causal,
             window=self.window,
@@ -156,6 +171,14 @@ class TemporalAttention(nn.Module):
             self.impl = Impl.SDPA
         else:
             self.impl = Impl.XFORMERS if backend == "xformers" else Impl.AUTO
+
+    def _check_cache(self, frame_mask: Tensor | None) -> None:
+        check_streams("TemporalAttention", self)
+        if frame_mask is not None:
+            raise ValueError(
+                f"TemporalAttention: frame_mask: expected None with a cache, got {tuple(frame_mask.shape)}; all clips "
+                "of a stream have the same frames"
+            )
 
     def _check_extras(self, context: Tensor | None, frame_mask: Tensor | None, batch: int) -> None:
         if self.context_dim is None:

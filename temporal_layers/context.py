@@ -9,6 +9,7 @@ from temporal_layers.autocast import autocast_to
 from temporal_layers.config import ContextConfig, TemporalTransformerConfig
 from temporal_layers.frames import check_divisible
 from temporal_layers.positions import zero_
+from temporal_layers.streaming import FrameCache
 from temporal_layers.transformer import TemporalTransformerBlock
 
 __all__ = ["ContextInput", "ContextTransformer", "context_conv", "enter_context"]
@@ -172,6 +173,8 @@ class ContextTransformer(TemporalTransformerBlock):
         *,
         num_frames: int,
         image_only: Bool[Tensor, "batch frames"] | None = None,
+        cache: FrameCache | None = None,
+        memory_budget: int | None = None,
     ) -> Float[Tensor, "n dim height width"]:
         """Add the frame context, if there is one, and mix frames.
 
@@ -181,17 +184,27 @@ class ContextTransformer(TemporalTransformerBlock):
             frame_context: ``(batch * num_frames, planes, height, width)``, of any resolution; ``None`` for none.
             num_frames: frames of a clip.
             image_only: ``(batch, num_frames)``, true for frames that pass unchanged.
+            cache: earlier frames of the clip, for causal blocks; see :class:`~temporal_layers.FrameCache`.
+            memory_budget: bytes to work on at a time, as in :class:`TemporalTransformerBlock`.
 
         Returns:
             The shape and dtype of ``hidden_states``.
 
         Raises:
-            ValueError: if the batch is no multiple of ``num_frames``, or a tensor has another shape.
+            ValueError: if the batch is no multiple of ``num_frames``, a tensor has another shape, or ``cache`` does not
+                fit, as in :class:`TemporalTransformerBlock`.
         """
         if frame_context is not None:
             added = enter_context("ContextTransformer", self.context_in, hidden_states, frame_context)
             hidden_states = _add(hidden_states, added, self.blend.scale, image_only)
-        return super().forward(hidden_states, context, num_frames=num_frames, image_only=image_only)
+        return super().forward(
+            hidden_states,
+            context,
+            num_frames=num_frames,
+            image_only=image_only,
+            cache=cache,
+            memory_budget=memory_budget,
+        )
 
 
 def _add(hidden_states: Tensor, added: Tensor, scale: float, image_only: Tensor | None) -> Tensor:

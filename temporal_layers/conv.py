@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from temporal_layers.autocast import autocast_to
 from temporal_layers.config import TemporalConvConfig
 from temporal_layers.frames import check_divisible, frames_to_height, height_to_frames
-from temporal_layers.resnet import CausalFrameConv, FrameConv
+from temporal_layers.resnet import CausalFrameConv, FrameConv, convolve
+from temporal_layers.streaming import FrameCache, check_streams
 
 __all__ = ["TemporalConv"]
 
@@ -56,6 +57,7 @@ class TemporalConv(nn.Module):
         *,
         num_frames: int,
         image_only: Bool[Tensor, "batch frames"] | None = None,
+        cache: FrameCache | None = None,
     ) -> Float[Tensor, "n channels height width"]:
         """Mix frames.
 
@@ -63,12 +65,14 @@ class TemporalConv(nn.Module):
             hidden_states: ``(batch * num_frames, channels, height, width)``, frames innermost.
             num_frames: frames of a clip.
             image_only: ``(batch, num_frames)``, true for frames that pass unchanged.
+            cache: earlier frames of the clip; see :class:`FrameCache`.
 
         Returns:
             The shape and dtype of ``hidden_states``.
 
         Raises:
-            ValueError: if the batch is no multiple of ``num_frames``, or ``hidden_states`` has another shape.
+            ValueError: if the batch is no multiple of ``num_frames``, ``hidden_states`` has another shape, or ``cache``
+                comes to a layer that is not causal or gets frames that do not go on where it ends.
         """
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.channels:
             raise ValueError(
@@ -76,8 +80,10 @@ class TemporalConv(nn.Module):
                 f"got {tuple(hidden_states.shape)}; fold the frames into the batch with fold_frames"
             )
         check_divisible("TemporalConv", hidden_states.shape[0], num_frames)
+        if cache is not None:
+            check_streams("TemporalConv", self.config)
         height, width = hidden_states.shape[-2:]
-        mixed = height_to_frames(self.conv(frames_to_height(hidden_states, num_frames)), height, width)
+        mixed = height_to_frames(convolve(self.conv, frames_to_height(hidden_states, num_frames), cache), height, width)
         if self.scale != 1:
             mixed = torch.lerp(hidden_states, autocast_to(mixed, hidden_states.dtype), self.scale)
         if image_only is None:

@@ -53,10 +53,10 @@ def sinusoidal_embedding(
 
 
 def frame_indices(
-    num_frames: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    num_frames: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32, *, first_frame: int = 0
 ) -> Float[Tensor, "frames"]:
-    """Frame indices ``0 ... num_frames - 1`` in ``dtype``."""
-    return torch.arange(num_frames, device=device, dtype=dtype)
+    """``num_frames`` frame indices from ``first_frame`` on, in ``dtype``."""
+    return torch.arange(first_frame, first_frame + num_frames, device=device, dtype=dtype)
 
 
 def check_even(who: str, width: int) -> None:
@@ -80,9 +80,12 @@ class SinusoidalPosition(nn.Module):
         check_even("SinusoidalPosition: dim", dim)
         self.dim = dim
 
-    def forward(self, num_frames: int, *, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "frames dim"]:
-        """Return ``(num_frames, dim)`` in ``dtype``."""
-        return sinusoidal_embedding(frame_indices(num_frames, device), self.dim, interleaved=True).to(dtype)
+    def forward(
+        self, num_frames: int, *, device: torch.device, dtype: torch.dtype, first_frame: int = 0
+    ) -> Float[Tensor, "frames dim"]:
+        """Return ``(num_frames, dim)`` in ``dtype``, for frames from ``first_frame`` on."""
+        indices = frame_indices(num_frames, device, first_frame=first_frame)
+        return sinusoidal_embedding(indices, self.dim, interleaved=True).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}"
@@ -118,9 +121,12 @@ class SinusoidalMLPPosition(nn.Module):
         if zero_init:
             zero_(self.linear_2)
 
-    def forward(self, num_frames: int, *, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "frames dim"]:
-        """Return ``(num_frames, dim)`` in ``dtype``, which is the dtype of the weights."""
-        sinusoid = sinusoidal_embedding(frame_indices(num_frames, device), self.dim, interleaved=False).to(dtype)
+    def forward(
+        self, num_frames: int, *, device: torch.device, dtype: torch.dtype, first_frame: int = 0
+    ) -> Float[Tensor, "frames dim"]:
+        """Return ``(num_frames, dim)`` in ``dtype``, that of the weights, for frames from ``first_frame`` on."""
+        indices = frame_indices(num_frames, device, first_frame=first_frame)
+        sinusoid = sinusoidal_embedding(indices, self.dim, interleaved=False).to(dtype)
         return self.linear_2(self.act(self.linear_1(sinusoid)))
 
 
@@ -140,7 +146,7 @@ class RotaryPosition(nn.Module):
         self.head_dim = head_dim
 
     def forward(
-        self, hidden_states: Float[Tensor, "n positions inner"], *, num_frames: int
+        self, hidden_states: Float[Tensor, "n positions inner"], *, num_frames: int, first_frame: int = 0
     ) -> Float[Tensor, "n positions inner"]:
         """Rotate queries or keys by their frame index.
 
@@ -148,6 +154,7 @@ class RotaryPosition(nn.Module):
             hidden_states: ``(batch * num_frames, positions, heads * head_dim)``, any floating dtype; rotated in fp32 or
                 wider.
             num_frames: frames of a clip.
+            first_frame: index of the first of them.
 
         Returns:
             The shape and dtype of ``hidden_states``.
@@ -157,7 +164,7 @@ class RotaryPosition(nn.Module):
         """
         check_divisible("RotaryPosition", hidden_states.shape[0], num_frames)
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        indices = frame_indices(num_frames, hidden_states.device, wide)
+        indices = frame_indices(num_frames, hidden_states.device, wide, first_frame=first_frame)
         embedding = sinusoidal_embedding(indices, self.head_dim, interleaved=False)
         cos, sin = embedding[:, None, None, :].chunk(2, dim=-1)  # (f, 1, 1, d/2)
         x = hidden_states.unflatten(0, (-1, num_frames)).unflatten(-1, (-1, self.head_dim))
@@ -195,10 +202,17 @@ class RelativePositionBias(nn.Module):
         self.max_distance = max_distance
         self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1, device=device, dtype=dtype))
 
-    def forward(self, num_frames: int) -> Float[Tensor, "heads frames frames"]:
-        """Return the bias ``(heads, num_frames, num_frames)``, rows are queries."""
-        index = torch.arange(num_frames, device=self.table.device)
-        distance = (index[None, :] - index[:, None]).clamp(-self.max_distance, self.max_distance)
+    def forward(self, num_frames: int, num_key_frames: int | None = None) -> Float[Tensor, "heads frames key_frames"]:
+        """Return the bias ``(heads, num_frames, num_key_frames)``, rows are queries.
+
+        Args:
+            num_frames: frames that attend.
+            num_key_frames: frames attended to, of which the last ``num_frames`` are those that attend; as many if not
+                given.
+        """
+        index = torch.arange(num_frames if num_key_frames is None else num_key_frames, device=self.table.device)
+        query = index[len(index) - num_frames :]
+        distance = (index[None, :] - query[:, None]).clamp(-self.max_distance, self.max_distance)
         return self.table[:, distance + self.max_distance]
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from temporal_layers.frames import check_divisible, frames_to_height, height_to_
 from temporal_layers.kernels.group_norm import group_norm
 from temporal_layers.kernels.temporal_conv import temporal_conv
 from temporal_layers.positions import zero_
+from temporal_layers.streaming import FrameCache, check_streams
 
 __all__ = ["TemporalResBlock"]
 
@@ -49,7 +50,12 @@ class FrameConv(nn.Conv2d):
 
     causal = False
 
-    def forward(self, maps: Float[Tensor, "batch channels frames pixels"]) -> Float[Tensor, "batch out frames pixels"]:
+    def forward(
+        self, maps: Float[Tensor, "batch channels frames pixels"], *, padded: bool = False
+    ) -> Float[Tensor, "batch out out_frames pixels"]:
+        """Convolve; with ``padded`` the first ``k - 1`` frames are there to be seen only and have no output."""
+        if padded:
+            return F.conv2d(autocast_to(maps, self.weight.dtype), self.weight, self.bias)
         num_frames = maps.shape[2]
         folded = autocast_to(maps, self.weight.dtype).transpose(1, 2).flatten(0, 1).unsqueeze(-1)
         folded = temporal_conv(folded, self.weight, self.bias, num_frames=num_frames, causal=self.causal)
@@ -60,6 +66,21 @@ class CausalFrameConv(FrameConv):
     """A :class:`FrameConv` that sees the same and earlier frames only."""
 
     causal = True
+
+
+def convolve(
+    conv: nn.Module, maps: Float[Tensor, "batch channels frames pixels"], cache: FrameCache | None
+) -> Float[Tensor, "batch out frames pixels"]:
+    """Run a :class:`FrameConv`, or PEFT's wrapper of one, with the frames before those at hand if there is a cache."""
+    if cache is None:
+        return conv(maps)
+    reach = getattr(conv, "base_layer", conv).kernel_size[0] - 1
+    (frames,) = cache.extend(conv, (maps.permute(0, 2, 3, 1),), keep=reach)
+    missing = reach + maps.shape[2] - frames.shape[1]  # at the start of a stream; zero there, as in front of a clip
+    extended = F.pad(frames, (0, 0, 0, 0, missing, 0)).permute(0, 3, 1, 2)
+    if isinstance(conv, FrameConv):
+        return conv(extended, padded=True)
+    return conv(extended)[:, :, reach:]  # a wrapper hands no option to its low-rank factors
 
 
 class TemporalResBlock(nn.Module):
@@ -133,6 +154,7 @@ class TemporalResBlock(nn.Module):
         num_frames: int,
         image_only: Bool[Tensor, "batch frames"] | None = None,
         frame_context: Float[Tensor, "n planes context_height context_width"] | None = None,
+        cache: FrameCache | None = None,
     ) -> Float[Tensor, "n channels height width"]:
         """Mix frames by convolution.
 
@@ -144,15 +166,19 @@ class TemporalResBlock(nn.Module):
             image_only: ``(batch, num_frames)``, true for frames that pass unchanged.
             frame_context: ``(batch * num_frames, planes, height, width)`` planes of a frame context, of any
                 resolution; ``None`` for none.
+            cache: earlier frames of the clip; see :class:`FrameCache`.
 
         Returns:
             The shape, dtype and memory format of ``hidden_states``.
 
         Raises:
             ValueError: if the batch is no multiple of ``num_frames``, ``hidden_states``, ``temb`` or ``frame_context``
-                has another shape, or the block takes no ``frame_context``.
+                has another shape, the block takes no ``frame_context``, or ``cache`` comes to a block that is not
+                causal, has an alpha per frame, or gets frames that do not go on where the cache ends.
         """
         self._check(hidden_states, temb, num_frames)
+        if cache is not None:
+            check_streams("TemporalResBlock", self.config)
         height, width = hidden_states.shape[-2:]
         entered = None
         if frame_context is not None:
@@ -162,7 +188,7 @@ class TemporalResBlock(nn.Module):
             maps = norm(maps)
             if index > 0:
                 maps = self.dropout(maps)
-            maps = conv(maps)
+            maps = convolve(conv, maps, cache)
             if index == 0 and self.temb_proj is not None:
                 projected = self.temb_proj(F.silu(temb))
                 maps = maps + projected.unflatten(0, (-1, num_frames)).transpose(1, 2).unsqueeze(-1)

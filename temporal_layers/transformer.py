@@ -11,7 +11,9 @@ from temporal_layers.blend import AlphaBlend
 from temporal_layers.config import TemporalTransformerConfig
 from temporal_layers.frames import check_divisible
 from temporal_layers.kernels.group_norm import group_norm
+from temporal_layers.memory import over_positions, rows_within
 from temporal_layers.positions import SinusoidalMLPPosition, zero_
+from temporal_layers.streaming import FrameCache, check_streams
 
 __all__ = ["TemporalTransformerBlock"]
 
@@ -149,6 +151,8 @@ class TemporalTransformerBlock(nn.Module):
         num_frames: int,
         frame_mask: Bool[Tensor, "batch frames"] | None = None,
         image_only: Bool[Tensor, "batch frames"] | None = None,
+        cache: FrameCache | None = None,
+        memory_budget: int | None = None,
     ) -> Float[Tensor, "n ..."]:
         """Mix frames by attention.
 
@@ -160,23 +164,29 @@ class TemporalTransformerBlock(nn.Module):
             num_frames: frames of a clip.
             frame_mask: ``(batch, num_frames)``, true for frames that may be attended to.
             image_only: ``(batch, num_frames)``, true for frames that pass unchanged.
+            cache: earlier frames of the clip, for causal blocks; see :class:`FrameCache`. Excludes ``frame_mask``.
+            memory_budget: bytes to work on at a time, beside the inputs and the results: a few positions after the
+                other, with the same result up to rounding. Without effect while gradients are recorded, and at least
+                one position is taken.
 
         Returns:
             The shape, dtype and, for maps, memory format of ``hidden_states``.
 
         Raises:
             ValueError: if the batch is no multiple of ``num_frames``, ``context`` is missing, ``hidden_states`` has
-                another shape, or tokens come where the block has an input norm.
+                another shape, tokens come where the block has an input norm, or ``cache`` comes to a block that is not
+                causal, has an alpha per frame, or gets frames that do not go on where the cache ends.
         """
         self._check(hidden_states, num_frames)
+        if cache is not None:
+            check_streams("TemporalTransformerBlock", self.config)
         is_map = hidden_states.ndim == 4
         normed = hidden_states if self.in_norm is None else self.in_norm(hidden_states, num_frames=num_frames)
         tokens = normed.permute(0, 2, 3, 1).flatten(1, 2) if is_map else normed
-        if self.proj_in is not None:
-            tokens = self.proj_in(tokens)
-        tokens = self._chain(tokens, context, num_frames, frame_mask)
-        if self.proj_out is not None:
-            tokens = self.proj_out(tokens)
+        size = rows_within(memory_budget, self._position_bytes(tokens), tokens.shape[1])
+        if cache is not None:
+            size = cache.pieces(self, size)
+        tokens = over_positions(lambda x: self._branch(x, context, num_frames, frame_mask, cache), tokens, size)
         if is_map:
             tokens = tokens.unflatten(1, hidden_states.shape[-2:]).permute(0, 3, 1, 2)
         return self._merge(hidden_states, tokens, num_frames, image_only)
@@ -195,9 +205,24 @@ class TemporalTransformerBlock(nn.Module):
             )
         check_divisible("TemporalTransformerBlock", shape[0], num_frames)
 
-    def _chain(self, tokens: Tensor, context: Tensor | None, num_frames: int, frame_mask: Tensor | None) -> Tensor:
+    def _position_bytes(self, tokens: Tensor) -> int:
+        widest = max([self.dim, *(layer.num_heads * layer.head_dim for layer in self.attentions)])
+        return tokens.shape[0] * widest * tokens.element_size()
+
+    def _branch(
+        self,
+        tokens: Tensor,
+        context: Tensor | None,
+        num_frames: int,
+        frame_mask: Tensor | None,
+        cache: FrameCache | None,
+    ) -> Tensor:
+        if self.proj_in is not None:
+            tokens = self.proj_in(tokens)
         if self.position is not None:
-            tokens = add_per_frame(tokens, self.position(num_frames, device=tokens.device, dtype=tokens.dtype))
+            first_frame = 0 if cache is None else cache.num_frames
+            place = {"device": tokens.device, "dtype": tokens.dtype, "first_frame": first_frame}
+            tokens = add_per_frame(tokens, self.position(num_frames, **place))
         if self.ff_in is not None:
             tokens = tokens + self.ff_in(self.norm_in(tokens))
         for norm, attention in zip(self.norms, self.attentions, strict=True):
@@ -206,11 +231,12 @@ class TemporalTransformerBlock(nn.Module):
                 None if attention.context_dim is None else context,
                 num_frames=num_frames,
                 frame_mask=None if attention.context_dim is not None else frame_mask,
+                cache=cache,
             )
             tokens = tokens + attended
         if self.ff_out is not None:
             tokens = tokens + self.ff_out(self.norm_out(tokens))
-        return tokens
+        return tokens if self.proj_out is None else self.proj_out(tokens)
 
     def _merge(self, hidden_states: Tensor, result: Tensor, num_frames: int, image_only: Tensor | None) -> Tensor:
         # Behind a projection ``result`` is an update to the input; without one it is the whole temporal branch.

@@ -1,12 +1,15 @@
 """What every test relies on: one thread, a fixed seed, no network, the same hypothesis examples on every run."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
 import hypothesis
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 class TorchRandom:
@@ -40,3 +43,26 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def peak(tmp_path):
+    """Bytes that a call holds at its worst beyond those there before, its result included, by PyTorch's allocator."""
+    # Without acc_events torch 2.11 warns that it forgets events, which it has handed over by then.
+    options = {"activities": [ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
+
+    @torch.no_grad()
+    def peak(call):
+        with profile(**options) as profiler:
+            call()
+        path = Path(tmp_path, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+        changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+        held = most = 0
+        for _, change in changes:
+            held += change
+            most = max(most, held)
+        return most
+
+    return peak

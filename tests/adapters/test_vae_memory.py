@@ -1,39 +1,12 @@
 """The most memory that decoding needs at a time, as PyTorch's allocator reports it to the profiler."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from temporal_layers import TemporalResBlockConfig
 from temporal_layers.adapters import TemporalConfig, inject
 
 CHUNK, REACH = 4, 4
-
-
-@pytest.fixture
-def peak(tmp_path):
-    """Bytes that a call holds at its worst beyond those there before, its result included."""
-
-    # Without acc_events torch 2.11 warns that it forgets events, which it has handed over by then.
-    options = {"activities": [ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
-
-    def peak(call):
-        with torch.no_grad(), profile(**options) as profiler:
-            call()
-        path = Path(tmp_path, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-        changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-        held = most = 0
-        for _, change in changes:
-            held += change
-            most = max(most, held)
-        return most
-
-    return peak
 
 
 @pytest.fixture
