@@ -42,6 +42,7 @@ class InjectedPipeline(DiffusionPipeline):
     adapter_folders: ClassVar[dict[str, str]] = {"unet": "temporal_adapter", "vae": "temporal_decoder"}
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _interrupt = False
+    _num_timesteps = 0
 
     def adapters(self) -> dict[str, TemporalAdapter]:
         """The temporal layers that are there, by the name of their component."""
@@ -49,6 +50,11 @@ class InjectedPipeline(DiffusionPipeline):
         return {
             name: adapter_of(model) for name, model in components.items() if model is not None and is_injected(model)
         }
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the run that is under way or over, of all its loops."""
+        return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
@@ -142,7 +148,7 @@ class InjectedPipeline(DiffusionPipeline):
                 f"{type(self).__name__}: callback_on_step_end_tensor_inputs: expected some of "
                 f"{self._callback_tensor_inputs}, got {unknown}; leave these out"
             )
-        self._interrupt, steps = False, itertools.count()
+        self._interrupt, self._num_timesteps, steps = False, total, itertools.count()
         with self.progress_bar(total=total) as progress:
 
             def on_step(_: int, timestep: Tensor, latents: Tensor) -> Tensor:
