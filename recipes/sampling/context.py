@@ -81,6 +81,7 @@ def sample_given(
     negative: Conditioning | None = None,
     sources: Sequence[torch.Generator] | None = None,
     on_step: OnStep | None = None,
+    device: torch.device | str | None = None,
 ) -> Float[Tensor, "clips channels frames height width"]:
     """Sample the frames of clips that are not given.
 
@@ -95,6 +96,7 @@ def sample_given(
         negative: What ``guidance_scale`` guides away from, one row a clip; what says nothing if None.
         sources: Of noise, one a clip; those of ``options`` if None.
         on_step: Called after each step of each batch.
+        device: Where the model runs; that of the UNet if None, which is another one while it is offloaded.
 
     Returns:
         Latents on the CPU, the given frames as they came.
@@ -106,6 +108,7 @@ def sample_given(
     if sources is None:
         options.check_seeds(len(known))
         sources = options.sources(range(len(known)))
+    device = base.unet.device if device is None else torch.device(device)
     parts = []
     for first in range(0, len(known), options.batch_size):
         rows = slice(first, first + options.batch_size)
@@ -113,7 +116,7 @@ def sample_given(
         noise = clips_of_noise(part.shape[1:], own)
         noisy = augment(part, options.noise_level, noise, signal_levels(base.scheduler))
         context = planes.build(noisy, given.expand(len(part), -1), level=options.noise_level, rate=rate)
-        context = context.to(base.unet.device)
+        context = context.to(device)
         told = Branch(_rows(conditioning, rows, context), context)
         free = base.no_conditioning(len(part)) if negative is None else _rows(negative, rows, context)
         model = GuidedModel(
@@ -124,27 +127,16 @@ def sample_given(
             text_scale=options.guidance_scale,
             context_scale=options.context_scale,
         )
-        made = _denoised(base, model, (planes.latent_channels, *context.shape[2:]), options, own, on_step)
+        noise = clips_of_noise((planes.latent_channels, *context.shape[2:]), own, correlation=options.noise_correlation)
+        sampler = Sampler(base.scheduler, options.num_inference_steps, options.eta)
+        start = sampler.start(noise.to(device, base.unet.dtype))
+        made = denoise(model, sampler, start, list(own), on_step=on_step)
         parts.append(torch.where(given[:, None, None] > 0, part, made.float().cpu()))
     return torch.cat(parts)
 
 
 def _rows(conditioning: Conditioning, rows: slice, like: Tensor) -> Conditioning:
     return {name: value[rows].to(like.device) for name, value in conditioning.items()}
-
-
-def _denoised(
-    base: VideoBase,
-    model: GuidedModel,
-    shape: tuple[int, ...],
-    options: ContextSampling,
-    sources: Sequence[torch.Generator],
-    on_step: OnStep | None,
-) -> Tensor:
-    noise = clips_of_noise(shape, sources, correlation=options.noise_correlation)
-    sampler = Sampler(base.scheduler, options.num_inference_steps, options.eta)
-    start = sampler.start(noise.to(base.unet.device, base.unet.dtype))
-    return denoise(model, sampler, start, list(sources), on_step=on_step)
 
 
 def settings_of(base: VideoBase, planes: ContextPlanes, options: ContextSampling) -> dict[str, Any]:
