@@ -21,7 +21,7 @@ from temporal_layers.recipes.pipelines.components import TemporalPipeline
 from temporal_layers.recipes.pipelines.video_ldm import VideoLDMPipeline, guidance_ramp
 from temporal_layers.recipes.sampling.clips import sample_clips
 from temporal_layers.recipes.sampling.context import ContextSampling, sample_given
-from temporal_layers.recipes.sampling.noise import clip_generators, clips_of_noise, extend_noise
+from temporal_layers.recipes.sampling.noise import clip_generators, clips_of_noise, windows_of_noise
 from temporal_layers.recipes.stages.personal import TwoTexts, frozen_text
 
 FRAMES = 4
@@ -288,9 +288,7 @@ def test_noise_comes_from_where_it_is_said(labels):
     made = latents_of(labels, ["day"] * 2, generator=sources(), noise=noise)
     assert torch.equal(made, latents_of(labels, ["day"] * 2, latents=expected))
 
-    def free_noise(shape, sources):
-        return extend_noise(clips_of_noise((shape[0], 3, *shape[2:]), sources), shape[1], sources, step=1)
-
+    free_noise = functools.partial(windows_of_noise, window=3, step=1)
     assert latents_of(labels, "day", num_frames=7, noise=free_noise, window=3).shape[2] == 7
 
 
