@@ -147,13 +147,17 @@ def motion_agreement(clips: Clips) -> float:
         ValueError: another shape or dtype, values out of range, or too few frames or pixels.
     """
     clips = _check_clips("motion_agreement", clips, least_frames=3)
-    return sum(_motion_agreement(clip) for clip in clips.transpose(1, 2)) / len(clips)
+    return sum(_motion_agreement(_working_size(clip)) for clip in clips.transpose(1, 2)) / len(clips)
 
 
-def _motion_agreement(frames: Float[Tensor, "frames 3 height width"]) -> float:
+def _working_size(frames: Float[Tensor, "frames 3 height width"]) -> Float[Tensor, "frames 3 h w"]:
     while min(frames.shape[2:]) > _WORKING_SIDE:
         # More blur than halving needs: it takes the reward out of an interpolation that smoothes noise away.
         frames = _halve(frames, sigma=1.5)
+    return frames
+
+
+def _motion_agreement(frames: Float[Tensor, "frames 3 height width"]) -> float:
     past, present, future = frames[:-2], frames[1:-1], frames[2:]
     flow = _flow(past, present)
     unexplained = _blur((_moved(past, flow) - present).abs().mean(1, keepdim=True), _WINDOW)
@@ -161,6 +165,28 @@ def _motion_agreement(frames: Float[Tensor, "frames 3 height width"]) -> float:
     flow = flow * (unexplained < change / 2)
     still = (future - present).abs().sum().item()
     return 1 - (future - _moved(present, flow)).abs().sum().item() / still if still > 0 else 0.0
+
+
+def warp_error(clips: Clips) -> float:
+    """Mean of ``|x[t + 1] - w(x[t])|``, where ``w`` carries a frame along its motion to the next (Lai et al. 2018).
+
+    The flicker that motion does not explain: 0 for a frozen clip, low for a moving picture, high where frames change
+    without moving. The motion is estimated from the two frames themselves, as for `motion_agreement`, and on frames of
+    the same size; what comes into view counts as well, so compare with real clips of the same kind.
+
+    Args:
+        clips: floating, ``(batch, 3, frames, height, width)`` in [0, 1], two frames or more, 16 x 16 pixels or more.
+
+    Raises:
+        ValueError: another shape or dtype, values out of range, or too few frames or pixels.
+    """
+    clips = _check_clips("warp_error", clips, least_frames=2)
+    return sum(_warp_error(_working_size(clip)) for clip in clips.transpose(1, 2)) / len(clips)
+
+
+def _warp_error(frames: Float[Tensor, "frames 3 height width"]) -> float:
+    earlier, later = frames[:-1], frames[1:]
+    return (later - _moved(earlier, _flow(earlier, later))).abs().mean().item()
 
 
 def frechet_distance(

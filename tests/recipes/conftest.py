@@ -28,6 +28,12 @@ def make_tokenizer(folder):
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12), len(vocabulary)
 
 
+@pytest.fixture(scope="session")
+def tokenizer_in():
+    """`make_tokenizer`, for tests in other files."""
+    return make_tokenizer
+
+
 def make_text_encoder(cls, size):
     config = CLIPTextConfig(
         vocab_size=size,
