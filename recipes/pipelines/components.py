@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.adapters import TemporalAdapter
 from temporal_layers.adapters.weights import AdapterWeights
-from temporal_layers.recipes.autoencoding import decode_latents, encode_frames
+from temporal_layers.recipes.autoencoding import decode_latents, encode_frames, pixels_per_latent
 from temporal_layers.recipes.bases import LabelBase, PipelineBase, VideoBase
 from temporal_layers.recipes.image_ldm import ImageLDM, LabelConditioner
 from temporal_layers.recipes.pipelines.injected import InjectedPipeline
 from temporal_layers.recipes.pipelines.outputs import VideoOutput, frames_of
+from temporal_layers.recipes.sampling.loop import Scale
 from temporal_layers.recipes.stages.personal import TwoTexts, is_injected
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "conditioner")
@@ -35,6 +36,9 @@ TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "con
 
 TEMPORAL = "temporal_"
 """In front of the name of such a component: the original one, whose tokens the temporal layers go on reading."""
+
+GUIDANCE = {"text": 7.5, "labels": 2.0}
+"""Usual strength of the guidance towards a prompt."""
 
 AdapterSource = str | PathLike | AdapterWeights
 """A folder or hub repository that an adapter was saved to, or ``adapter.snapshot()``."""
@@ -203,6 +207,22 @@ class TemporalPipeline(InjectedPipeline, TextualInversionLoaderMixin, StableDiff
         for name, part in others.items():
             setattr(twin, name, part)
         return twin
+
+    @property
+    def _factor(self) -> int:
+        return 1 if self.vae is None else pixels_per_latent(self.vae)
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        default, factor = self.base.frame_size, self._factor
+        size = (default[0] if height is None else height, default[1] if width is None else width)
+        if min(size) < 1 or size[0] % factor or size[1] % factor:
+            raise ValueError(
+                f"{type(self).__name__}: height and width: expected multiples of {factor}, got {size[0]} and {size[1]}"
+            )
+        return size
+
+    def _guidance(self, scale: Scale | None) -> Scale:
+        return GUIDANCE["text" if self.conditioner is None else "labels"] if scale is None else scale
 
     def encode_prompt(self, prompt: str | list[str], **options: Any) -> tuple[Tensor | None, ...]:
         """Tokens of texts, by the code of ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.

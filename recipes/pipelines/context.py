@@ -10,14 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from temporal_layers.recipes.autoencoding import pixels_per_latent
 from temporal_layers.recipes.bases import Conditioning, VideoBase
 from temporal_layers.recipes.conditioning import ContextPlanes
 from temporal_layers.recipes.pipelines.components import TemporalPipeline
 from temporal_layers.recipes.pipelines.injected import OnStepEnd
 from temporal_layers.recipes.pipelines.outputs import Frames, VideoOutput, clips_of
 from temporal_layers.recipes.pipelines.prompts import Asked, Conditionings, Prompts, conditionings
-from temporal_layers.recipes.pipelines.video_ldm import GUIDANCE
 from temporal_layers.recipes.sampling.context import ContextSampling
 from temporal_layers.recipes.sampling.loop import OnStep
 from temporal_layers.recipes.sampling.sampler import Generators, Sampler
@@ -84,22 +82,6 @@ class ContextPipeline(TemporalPipeline):
                 f"{who}_latents: expected (clips, {channels}, frames, height, width), got {tuple(latents.shape)}"
             )
         return latents
-
-    @property
-    def _factor(self) -> int:
-        return 1 if self.vae is None else pixels_per_latent(self.vae)
-
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        default, factor = self.base.frame_size, self._factor
-        size = (default[0] if height is None else height, default[1] if width is None else width)
-        if min(size) < 1 or size[0] % factor or size[1] % factor:
-            raise ValueError(
-                f"{type(self).__name__}: height and width: expected multiples of {factor}, got {size[0]} and {size[1]}"
-            )
-        return size
-
-    def _guidance(self, scale: float | None) -> float:
-        return GUIDANCE["text" if self.conditioner is None else "labels"] if scale is None else scale
 
     def prepare(
         self,

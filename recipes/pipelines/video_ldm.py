@@ -9,14 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from temporal_layers.recipes.autoencoding import pixels_per_latent
 from temporal_layers.recipes.conditioning import ContextPlanes, augment, prediction_mask, signal_levels
 from temporal_layers.recipes.pipelines.components import TemporalPipeline
 from temporal_layers.recipes.pipelines.injected import OnStepEnd
 from temporal_layers.recipes.pipelines.outputs import Frames, VideoOutput, check_output_type, clips_of
 from temporal_layers.recipes.pipelines.prompts import Asked, Conditionings, Prompts, conditionings
 from temporal_layers.recipes.sampling.loop import Branch, GuidedModel, Scale, is_on
-from temporal_layers.recipes.sampling.noise import clips_of_noise
+from temporal_layers.recipes.sampling.noise import clips_of_noise, one_a_clip
 from temporal_layers.recipes.sampling.regions import Denoiser, InRegions, regions, windows
 from temporal_layers.recipes.sampling.sampler import Generators, Sampler
 from temporal_layers.recipes.stages.personal import Prompt
@@ -24,7 +23,6 @@ from temporal_layers.recipes.stages.personal import Prompt
 _WHO = "VideoLDMPipeline"
 NUM_FRAMES = 8
 STRENGTH = 0.8
-GUIDANCE = {"text": 7.5, "labels": 2.0}
 
 Noise = Callable[[Sequence[int], Sequence[torch.Generator]], Tensor]
 """Makes standard normal noise of the shape of one clip, and a generator for each clip; as `clips_of_noise`."""
@@ -173,7 +171,7 @@ class VideoLDMPipeline(TemporalPipeline):
             negative_temporal_prompt_embeds=negative_temporal_prompt_embeds,
         )
         what = conditionings(self, asked, num_frames=num_frames, size=size, num_videos_per_prompt=num_videos_per_prompt)
-        sources = _sources(generator, what.clips)
+        sources = one_a_clip(_WHO, generator, what.clips)
         share = 1.0 if video is None else STRENGTH if strength is None else strength
         sampler = Sampler(self.scheduler, num_inference_steps, eta, strength=share)
         start = sampler.start(*self._noise_and_clean(latents, noise, clean, num_frames, size, sources))
@@ -198,20 +196,6 @@ class VideoLDMPipeline(TemporalPipeline):
         return self.finish(
             result, output_type=output_type, return_dict=return_dict, decode_chunk_size=decode_chunk_size
         )
-
-    @property
-    def _factor(self) -> int:
-        return 1 if self.vae is None else pixels_per_latent(self.vae)
-
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        default, factor = self.base.frame_size, self._factor
-        size = (default[0] if height is None else height, default[1] if width is None else width)
-        if min(size) < 1 or size[0] % factor or size[1] % factor:
-            raise ValueError(f"{_WHO}: height and width: expected multiples of {factor}, got {size[0]} and {size[1]}")
-        return size
-
-    def _guidance(self, scale: Scale | None) -> Scale:
-        return GUIDANCE["text" if self.conditioner is None else "labels"] if scale is None else scale
 
     def _noise_and_clean(
         self,
@@ -298,19 +282,6 @@ def _num_frames(wanted: int | None, clean: Tensor | None) -> int:
     if number < 1:
         raise ValueError(f"{_WHO}: num_frames: expected at least 1, got {number}")
     return number
-
-
-def _sources(generator: Generators, clips: int) -> list[torch.Generator]:
-    """One a clip."""
-    if generator is None:
-        generator = torch.default_generator
-    sources = [generator] * clips if isinstance(generator, torch.Generator) else list(generator)
-    if len(sources) != clips or any(source.device.type != "cpu" for source in sources):
-        raise ValueError(
-            f"{_WHO}: generator: expected one on the CPU, or one for each of {clips} clips, got {len(sources)} on "
-            f"{', '.join(sorted({source.device.type for source in sources}))}"
-        )
-    return sources
 
 
 def _scale(scale: Scale, num_frames: int) -> Scale:
