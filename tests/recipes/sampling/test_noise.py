@@ -1,5 +1,7 @@
 """Noise that clips begin with: its distribution, against closed forms with bounds that follow from the sample size."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -124,3 +126,6 @@ def test_sources_are_none_one_or_one_a_clip():
     assert one_a_clip("Pipeline", None, 2) == [torch.default_generator] * 2
     with pytest.raises(ValueError, match=r"Pipeline: generator: expected one on the CPU, or .* 3 clips, got 2 on cpu"):
         one_a_clip("Pipeline", [one, other], 3)
+    elsewhere = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"Pipeline: generator: expected one on the CPU, .* got 2 on cpu, cuda"):
+        one_a_clip("Pipeline", [one, elsewhere], 2)
