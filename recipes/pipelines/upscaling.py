@@ -178,7 +178,7 @@ class VideoUpscalePipeline(InjectedPipeline, TextualInversionLoaderMixin, Stable
         negative_prompt: str | Sequence[str] | None = None,
         eta: float = 0.0,
         window: int = 8,
-        overlap: int = 0,
+        window_overlap: int = 0,
         tile: tuple[int, int] | None = None,
         tile_overlap: int = 0,
         generator: Generators = None,
@@ -202,7 +202,7 @@ class VideoUpscalePipeline(InjectedPipeline, TextualInversionLoaderMixin, Stable
             negative_prompt: To be guided away from, likewise; None for no text.
             eta: Fresh noise in each step, for schedulers that have it.
             window: Frames that the UNet sees at a time: those of its training.
-            overlap: Frames that a window shares with the one before; there the predictions are averaged.
+            window_overlap: Frames that a window shares with the one before; there the predictions are averaged.
             tile: Height and width of what the UNet sees at a time, in latents, or pixels of the result where there is
                 no autoencoder; None for whole frames.
             tile_overlap: Rows, and columns, that a tile shares with the one before; see `in_parts`.
@@ -250,7 +250,7 @@ class VideoUpscalePipeline(InjectedPipeline, TextualInversionLoaderMixin, Stable
         )
         sampler = Sampler(self.scheduler, num_inference_steps, eta)
         result = self.denoise(
-            in_parts(model, shape[1:], window=window, overlap=overlap, tile=tile, tile_overlap=tile_overlap),
+            in_parts(model, shape[1:], window=window, overlap=window_overlap, tile=tile, tile_overlap=tile_overlap),
             sampler,
             sampler.start(latents.to(given)),
             sources,

@@ -128,10 +128,11 @@ def test_it_is_upscale_clips_with_the_same_sources(pipeline, eta):
     }
     grid = (16, 12) if pipeline.vae else (32, 24)
     options |= {"tile": tuple(3 * side // 4 for side in grid), "tile_overlap": 4}
-    made = pipeline(video, told, generator=clip_generators(4, range(2), "upscaling"), output_type="pt", **options)
+    sources = clip_generators(4, range(2), "upscaling")
+    made = pipeline(video, told, generator=sources, output_type="pt", window_overlap=1, **options)
     upscaler = pipeline.upscaler
     conditioning = None if told is None else upscaler.conditioning(told)
-    expected = upscale_clips(upscaler, video.transpose(1, 2), conditioning, seed=4, **options)
+    expected = upscale_clips(upscaler, video.transpose(1, 2), conditioning, seed=4, overlap=1, **options)
     torch.testing.assert_close(made.frames.transpose(1, 2), expected, rtol=0, atol=1e-5)
     assert made.frames.shape == (2, 3, 3, 32, 24) and made.frames.std() > 0.01
 
@@ -334,7 +335,7 @@ def test_the_shipped_upscaler_keeps_what_it_is_given():
             {"latents": torch.zeros(2, 4, 3, 8, 8)},
             r"latents: expected shape \(2, 4, 3, 16, 12\), got \(2, 4, 3, 8, 8\)",
         ),
-        ({"window": 2, "overlap": 2}, r"windows: overlap: expected 0 to below window=2, got 2"),
+        ({"window": 2, "window_overlap": 2}, r"windows: overlap: expected 0 to below window=2, got 2"),
         ({"tile": (8, 8), "tile_overlap": 8}, r"windows: overlap: expected 0 to below window=8, got 8"),
         (
             {"callback_on_step_end_tensor_inputs": ["noise"]},
