@@ -123,7 +123,6 @@ def test_it_is_upscale_clips_with_the_same_sources(pipeline, eta):
         "guidance_scale": 2.0,
         "noise_level": 50,
         "window": 2,
-        "overlap": 1,
         "eta": eta,
     }
     grid = (16, 12) if pipeline.vae else (32, 24)
