@@ -82,11 +82,13 @@ def tokens_of(pipeline: TemporalPipeline, prompts: Sequence[Prompt]) -> Conditio
 
 
 def _label(pipeline: TemporalPipeline, prompt: Prompt) -> int:
-    names, null = list(pipeline.config.labels), pipeline.conditioner.null_label
+    names, known = list(pipeline.config.labels), pipeline.conditioner.null_label
+    null = len(names)
+    # An original conditioner may know fewer: labels that were taught since are none to it.
     if isinstance(prompt, str) and prompt in names:
-        return names.index(prompt)
+        return min(names.index(prompt), known)
     if isinstance(prompt, int) and 0 <= prompt <= null:
-        return prompt
+        return min(prompt, known)
     raise ValueError(
         f"prompt: expected a label, one of {', '.join(map(repr, names))} or its number, or {null} for no label, got "
         f"{prompt!r}"
@@ -187,7 +189,7 @@ class _Builder:
     def __init__(self, pipeline: TemporalPipeline, asked: Asked, num_frames: int) -> None:
         self.pipeline, self.asked, self.num_frames = pipeline, asked, num_frames
         self.original = pipeline.original_text()
-        self.nothing = "" if pipeline.conditioner is None else pipeline.conditioner.null_label
+        self.nothing = "" if pipeline.conditioner is None else len(pipeline.config.labels)
         self.travels = self._travels("prompt", asked.prompt, asked.prompt_embeds)
         self.clips = len(asked.prompt_embeds if self.travels is None else self.travels)
         own_text = self.original is not pipeline

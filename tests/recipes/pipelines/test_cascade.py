@@ -3,51 +3,15 @@
 import pytest
 import torch
 
-from temporal_layers.adapters import TemporalConfig, inject
-from temporal_layers.recipes.bases import LabelBase
-from temporal_layers.recipes.conditioning import ContextPlanes
-from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm
 from temporal_layers.recipes.pipelines.cascade import STAGES, VideoCascade
-from temporal_layers.recipes.pipelines.interpolation import VideoInterpolationPipeline
-from temporal_layers.recipes.pipelines.prediction import VideoPredictionPipeline
-from temporal_layers.recipes.pipelines.upscaling import VideoUpscalePipeline
 from temporal_layers.recipes.pipelines.video_ldm import VideoLDMPipeline
-from temporal_layers.recipes.stages.context import with_context
-from temporal_layers.recipes.upscaler import UpscalerConfig, build_upscaler
 
-SIZES = ImageLDMConfig(height=16, width=24, vae_channels=(8, 8), unet_channels=(16, 16), num_heads=2, context_dim=8)
 FEW = {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 
-def stir(model):
-    """Layers that start as the identity do something."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
-def make_base(planes, seed):
-    base = LabelBase(build_image_ldm(SIZES, ("day", "night"), seed=seed))
-    with_context(base, planes, None, "both")
-    stir(base.unet)
-    return base.ldm
-
-
 @pytest.fixture(scope="module")
-def parts():
-    keys, between = make_base(ContextPlanes(), 0), make_base(ContextPlanes(rate=True, max_noise_level=50), 0)
-    inject(keys.vae, TemporalConfig.for_decoder())
-    stir(keys.vae.decoder)
-    upscaler = build_upscaler(UpscalerConfig(channels=(8, 16), norm_groups=4, head_dim=8, factor=2))
-    inject(upscaler.unet)
-    stir(upscaler.unet)
-    return (
-        VideoPredictionPipeline.from_image_pipeline(keys),
-        VideoInterpolationPipeline.from_image_pipeline(between),
-        VideoUpscalePipeline.from_image_pipeline(upscaler),
-    )
+def parts(cascade_parts):
+    return cascade_parts
 
 
 def run(cascade, **options):
