@@ -139,6 +139,10 @@ class ContextPipeline(TemporalPipeline):
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
         )
+        if num_videos_per_prompt < 1:
+            raise ValueError(
+                f"{type(self).__name__}: num_videos_per_prompt: expected 1 or more, got {num_videos_per_prompt}"
+            )
         height, width = (side * self._factor for side in given.shape[-2:])
         parts = self._parts_in_time(asked, (height, width))
         clips = max(parts[0].clips, len(given))

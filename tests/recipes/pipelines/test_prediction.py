@@ -309,6 +309,10 @@ def test_other_schedulers_and_precisions(pipeline):
         (lambda pipe: pipe(window=2), r"prediction_windows: .* overlap from 1 to below window=2, got .*overlap=2"),
         (lambda pipe: pipe(context_noise_level=251), r"ContextPlanes.build: expected levels from 0 to 250 .*level=251"),
         (lambda pipe: pipe(eta=1.0), r"ContextSampling: .*eta from 0 to below 1"),
+        (
+            lambda pipe: pipe(num_videos_per_prompt=0),
+            r"VideoPredictionPipeline: num_videos_per_prompt: expected 1 or more, got 0",
+        ),
     ],
 )
 def test_refusals(pipeline, call, text):
