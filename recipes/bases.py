@@ -192,8 +192,12 @@ class PipelineBase:
         return {"encoder_hidden_states": embeddings, "text_embeds": pooled[0], "time_ids": time_ids.to(embeddings)}
 
     def no_conditioning(self, count: int) -> Conditioning:
-        """The empty text."""
-        return self.conditioning([0] * count, [""] * count)
+        """The empty text; zeros for a Stable Diffusion XL that was trained with these (its pipeline says so)."""
+        nothing = self.conditioning([0] * count, [""] * count)
+        if not getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
+            return nothing
+        zeros = ("encoder_hidden_states", "text_embeds")
+        return {name: torch.zeros_like(value) if name in zeros else value for name, value in nothing.items()}
 
     def predict(
         self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | dict[str, Any] | None

@@ -117,3 +117,14 @@ def test_a_pipeline_that_matches_flows_is_trained_and_sampled_as_one(stable_diff
 
 def test_the_model_that_comes_with_the_package_has_no_name():
     assert isinstance(load_base(), LabelBase) and load_base("").frame_size == (64, 96)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_nothing_is_to_stable_diffusion_xl_what_it_guides_away_from(stable_diffusion_xl, zeros):
+    stable_diffusion_xl.register_to_config(force_zeros_for_empty_prompt=zeros)
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    _, negative, _, pooled = stable_diffusion_xl.encode_prompt(["a road"] * 2, device="cpu", **options)
+    found = PipelineBase(stable_diffusion_xl).no_conditioning(2)
+    torch.testing.assert_close(found["encoder_hidden_states"], negative)
+    torch.testing.assert_close(found["text_embeds"], pooled)
+    assert found["time_ids"].any()
