@@ -13,10 +13,11 @@ from temporal_layers.kernels.launch import can_launch
 class Impl(StrEnum):
     """Which implementation of an operator runs.
 
-    ``AUTO`` takes the fused kernel where the operator has one, triton is installed and the tensors are on a
-    CUDA (or ROCm) device, and the eager reference everywhere else; with ``TEMPORAL_LAYERS_IMPL=reference`` in the
-    environment when the library is imported it is the reference on every device. ``FUSED`` never falls back: where
-    the kernel cannot run it raises. It also runs interpreted on CPU tensors (``TRITON_INTERPRET=1``).
+    ``AUTO`` takes the fused kernel where the operator has one that is preferred, triton is installed and the tensors
+    are on a CUDA (or ROCm) device, and the eager reference everywhere else; with
+    ``TEMPORAL_LAYERS_IMPL=reference`` in the environment when the library is imported it is the reference on every
+    device. ``FUSED`` never falls back: where the kernel cannot run it raises. It also runs interpreted on CPU tensors
+    (``TRITON_INTERPRET=1``).
     ``REFERENCE`` is plain PyTorch on any device. ``SDPA`` and ``XFORMERS`` are for attention only: PyTorch's and
     xformers' own kernels.
     """
@@ -47,6 +48,7 @@ def resolve_impl(
     *,
     has_fused: bool = False,
     refusal: tuple[str, str] | None = None,
+    preferred: bool = True,
     others: tuple[Impl, ...] = (),
 ) -> Impl:
     """Turns the user's ``impl`` into the implementation to run.
@@ -57,6 +59,8 @@ def resolve_impl(
         tensor: The operator's first tensor; its device decides.
         has_fused: Whether the operator ships a fused kernel.
         refusal: Why the fused kernel does not take this call, as what it expects and what it got; None if it does.
+        preferred: Whether ``"auto"`` takes the fused kernel where it runs. False where nothing was measured and a
+            library's kernel is the safer choice.
         others: Further implementations that the operator has, and that run whatever the call.
 
     Returns:
@@ -74,8 +78,8 @@ def resolve_impl(
     if impl not in ("auto", "fused"):
         return Impl(impl)
     if impl == "auto":
-        runs = has_fused and refusal is None and tensor.is_cuda and has_triton() and not REFERENCE_ONLY
-        return Impl.FUSED if runs else Impl.REFERENCE
+        wanted = has_fused and preferred and refusal is None and not REFERENCE_ONLY
+        return Impl.FUSED if wanted and tensor.is_cuda and has_triton() else Impl.REFERENCE
     if not has_fused:
         expected, got = "'auto' or 'reference' (no fused kernel exists)", "'fused'"
     elif refusal is not None:

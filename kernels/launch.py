@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ class Compiled:
     def loads(self) -> list[str]:
         """Every instruction that loads from global memory, without its operands.
 
-        Scalar loads of a kernel's arguments on AMD, and bulk copies by descriptor on NVIDIA, are not among them.
+        Scalar loads of a kernel's arguments on AMD, and :attr:`bulk_loads`, are not among them.
         """
         return re.findall(r"\b(?:LDG(?:STS)?\.[\w.]+|(?:global|buffer|flat)_load_\w+)", self.machine_code)
 
@@ -81,6 +81,11 @@ class Compiled:
     def vector_loads(self) -> int:
         """Those of :attr:`loads` that move 128 bits for each thread, the most a GPU has an instruction for."""
         return sum(".128" in load or load.endswith(("_dwordx4", "_b128")) for load in self.loads)
+
+    @cached_property
+    def bulk_loads(self) -> int:
+        """Copies of whole tiles by tensor descriptors (NVIDIA, from Hopper on)."""
+        return len(re.findall(r"\bUTMALDG\b", self.machine_code))
 
     @cached_property
     def tensor_core_ops(self) -> int:
@@ -180,6 +185,27 @@ def is_interpreted() -> bool:
 def can_launch(tensor: Tensor) -> bool:
     """Whether :func:`launch` accepts ``tensor``: it is on a GPU, or kernels are interpreted or only compiled."""
     return tensor.is_cuda or is_interpreted() or _compilation.get() is not None
+
+
+def target_of(tensor: Tensor) -> str:
+    """Architecture for which :func:`launch` compiles a kernel on ``tensor``.
+
+    Returns:
+        ``"sm_90"``, ``"gfx942"`` or their like, or ``"interpreted"``.
+    """
+    compilation = _compilation.get()
+    if compilation is not None:
+        return compilation.target
+    return gpu_name(tensor.device.index) if tensor.is_cuda else "interpreted"
+
+
+@cache
+def gpu_name(index: int) -> str:
+    """Architecture of a GPU of this machine."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 class DeviceLessDriver:

@@ -6,6 +6,8 @@ from torch import Tensor
 from temporal_layers.kernels.checks import check_alike, check_floating, check_shape, invalid
 from temporal_layers.kernels.dispatch import Impl, resolve_impl
 from temporal_layers.kernels.geglu import reference
+from temporal_layers.kernels.geglu.tiles import is_faster
+from temporal_layers.kernels.matmul import refusal
 
 __all__ = ["geglu"]
 
@@ -24,8 +26,10 @@ def geglu(
         weight: ``(2*inner, channels)``: the rows of the value, then those of the gate, as in diffusers' ``GEGLU``;
             dtype and device of ``x``.
         bias: ``(2*inner,)`` or None; dtype and device of ``x``.
-        impl: ``"auto"``, ``"fused"`` or ``"reference"``. There is no fused kernel yet: ``"auto"`` is the reference
-            and ``"fused"`` raises.
+        impl: ``"reference"`` is PyTorch's products and pointwise operators. ``"fused"`` is one Triton kernel: fp16,
+            bf16 or fp32 (summed in fp32, without tf32), on a GPU; its backward pass computes value and gate again
+            and keeps neither. ``"auto"`` takes the kernel for sizes in which it was measured to be faster on that
+            GPU, and as nothing has been measured, it is the reference. Gradients of gradients need the reference.
 
     Returns:
         ``(..., inner)`` in the dtype of ``x``, contiguous.
@@ -50,5 +54,9 @@ def geglu(
     if bias is not None:
         check_shape(op, "bias", bias, (weight.shape[0],), "one value for each row of weight", "size it by the weight")
         check_alike(op, "bias", bias, x, "x")
-    resolve_impl(op, impl, x)
+    chosen = resolve_impl(op, impl, x, has_fused=True, refusal=refusal(x.dtype), preferred=is_faster(x))
+    if chosen is Impl.FUSED:
+        from temporal_layers.kernels.geglu import fused  # imports triton
+
+        return fused.on_tokens(x, weight, bias)
     return reference.geglu(x, weight, bias)

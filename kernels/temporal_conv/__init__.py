@@ -6,7 +6,9 @@ from torch import Tensor
 from temporal_layers.kernels.alpha_blend import check_alpha
 from temporal_layers.kernels.checks import check_alike, check_map, check_num_frames, check_shape, invalid
 from temporal_layers.kernels.dispatch import Impl, resolve_impl
+from temporal_layers.kernels.matmul import refusal
 from temporal_layers.kernels.temporal_conv import reference
+from temporal_layers.kernels.temporal_conv.tiles import is_faster
 
 __all__ = ["temporal_conv"]
 
@@ -46,8 +48,10 @@ def temporal_conv(
             ``residual + update`` is folded into the sum: shape ``()`` or ``(1 or num_frames, 1 or out_channels)``,
             any floating dtype. None adds the whole update. Needs a residual.
         causal: Output frame ``i`` sees input frames ``i - kernel + 1`` to ``i`` only.
-        impl: ``"auto"``, ``"fused"`` or ``"reference"``. There is no fused kernel yet: ``"auto"`` is the
-            reference and ``"fused"`` raises.
+        impl: ``"reference"`` is cuDNN's or oneDNN's 2-D convolution and pointwise operators. ``"fused"`` is one Triton
+            kernel: fp16, bf16 or fp32 (summed in fp32, without tf32), on a GPU; an ``alpha`` for each frame takes a
+            second one. ``"auto"`` takes the kernel for sizes in which it was measured to be faster on that GPU, and
+            as nothing has been measured, it is the reference. Gradients of gradients need the reference.
 
     Returns:
         ``(batch*num_frames, out_channels, height, width)``, channels-last whatever the layout of ``x``, in the dtype
@@ -63,7 +67,11 @@ def temporal_conv(
     op = "temporal_conv"
     check_convolution(op, x, weight, bias, num_frames)
     check_epilogue(op, x, weight, num_frames, temb, residual, alpha)
-    resolve_impl(op, impl, x)
+    preferred = is_faster(x, weight.shape[0])
+    if resolve_impl(op, impl, x, has_fused=True, refusal=refusal(x.dtype), preferred=preferred) is Impl.FUSED:
+        from temporal_layers.kernels.temporal_conv import fused  # imports triton
+
+        return fused.on_maps(x, weight, bias, temb, residual, alpha, num_frames, causal)
     return reference.temporal_conv(x, weight, bias, temb, residual, alpha, num_frames, causal)
 
 

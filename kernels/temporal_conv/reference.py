@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx
 from temporal_layers.kernels.alpha_blend.reference import alpha_residual
 from temporal_layers.kernels.checks import is_autocast
 from temporal_layers.kernels.layout import from_clips, to_clips
+from temporal_layers.kernels.temporal_conv.gradients import weight_gradient
 
 
 def temporal_conv(
@@ -68,7 +69,7 @@ def trains_in_fp32_on_a_cpu(clips: Tensor, weight: Tensor) -> bool:
 
 
 class FrameConvolution(torch.autograd.Function):
-    """``conv2d`` with a ``(k, 1)`` kernel whose weight gradient is one matrix product for each tap and clip.
+    """``conv2d`` with a ``(k, 1)`` kernel whose weight gradient is a batched matrix product for each tap.
 
     oneDNN's own weight gradient takes three to seven times as long in fp32. In 16 bits it is the better one.
     """
@@ -98,19 +99,3 @@ class FrameConvolution(torch.autograd.Function):
             grad.sum((0, 2, 3)) if to_bias else None,
             None,
         )
-
-
-def weight_gradient(clips: Tensor, grad: Tensor, kernel: int, padding: int) -> Tensor:
-    """Gradient ``(out, in, kernel, 1)`` of the weight, from maps ``(b, in, f, p)`` and ``(b, out, f', p)``."""
-    rows, grad_rows = clips.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)  # (b, f, p, c), views if channels-last
-    taps = []
-    for tap in range(kernel):
-        shift = tap - padding  # output frame t meets input frame t + shift
-        start, end = max(0, -shift), min(grad_rows.shape[1], rows.shape[1] - shift)
-        total = rows.new_zeros(grad_rows.shape[-1], rows.shape[-1])
-        if start < end:
-            for clip_rows, clip_grad in zip(rows, grad_rows, strict=True):
-                inputs = clip_rows[start + shift : end + shift].flatten(0, 1)
-                total = torch.addmm(total, clip_grad[start:end].flatten(0, 1).t(), inputs)
-        taps.append(total)
-    return torch.stack(taps, dim=2).unsqueeze(-1)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from temporal_layers.kernels.launch import can_launch, compile_only, launch
+from temporal_layers.kernels.launch import can_launch, compile_only, launch, target_of
 from temporal_layers.kernels.testing import random_normal
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
@@ -80,6 +80,7 @@ def interpret():
         "errors": errors,
         "empty": list(axpy(torch.empty(0), torch.empty(0), 1.0).shape),
         "can_launch": can_launch(torch.empty(1)),
+        "named": target_of(torch.empty(1)),
         "compile_only": text_of_error(compile_only("sm_90").__enter__),
     }
 
@@ -110,13 +111,13 @@ def compile_ahead():
         with compile_only(target) as compiled:
             axpy(meta, meta, 2.5, block=1024)
             axpy(meta[:0], meta[:0], 2.5)
-            inside = can_launch(meta)
+            inside, named = can_launch(meta), target_of(meta)
         [kernel] = compiled
         binary = next(kernel.asm[name] for name in ("cubin", "hsaco") if name in kernel.asm)
         kernels[target] = {
             "name": kernel.name, "target": kernel.target, "registers": kernel.registers, "spills": kernel.spills,
             "shared_bytes": kernel.shared_bytes, "magic": binary[:4].hex(), "machine_code": kernel.machine_code,
-            "counts": counts(kernel), "others": compile_others(target),
+            "counts": counts(kernel), "others": compile_others(target), "named": named,
         }  # fmt: skip
     before = active_driver()
     with compile_only("sm_80") as spilling:

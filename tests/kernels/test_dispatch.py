@@ -9,6 +9,7 @@ import torch
 from temporal_layers.kernels import dispatch
 from temporal_layers.kernels.alpha_blend import alpha_blend, alpha_residual
 from temporal_layers.kernels.dispatch import Impl, resolve_impl
+from temporal_layers.kernels.geglu import geglu
 from temporal_layers.kernels.group_norm import group_norm
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.kernels.temporal_conv import temporal_conv
@@ -19,6 +20,7 @@ MAPS, TOKENS, SCALAR = torch.ones(2, 2, 2, 2), torch.ones(2, 2, 8), torch.tensor
 CALLS = {
     "alpha_blend": lambda impl: alpha_blend(MAPS, MAPS, SCALAR, impl=impl),
     "alpha_residual": lambda impl: alpha_residual(MAPS, MAPS, SCALAR, impl=impl),
+    "geglu": lambda impl: geglu(TOKENS, torch.ones(6, 8), impl=impl),
     "group_norm": lambda impl: group_norm(MAPS, 1, impl=impl),
     "temporal_attention": lambda impl: temporal_attention(TOKENS, TOKENS, TOKENS, num_frames=2, num_heads=1, impl=impl),
     "temporal_conv": lambda impl: temporal_conv(MAPS, torch.ones(2, 2, 1, 1), num_frames=2, impl=impl),
@@ -62,8 +64,7 @@ def test_fused_raises_where_no_kernel_runs(op, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError) as error:
         CALLS[op]("fused")
-    expected = {"temporal_conv": "expected 'auto' or 'reference' (no fused kernel exists), got 'fused'"}
-    reason = expected.get(op, "expected tensors on a GPU for 'fused', got tensors on cpu")
+    reason = "expected tensors on a GPU for 'fused', got tensors on cpu"
     assert str(error.value) == f"{op}: impl: {reason}; pass impl='auto' or impl='reference'"
 
 
@@ -90,6 +91,30 @@ def test_auto_takes_the_kernel_only_where_it_runs(tensor, has_fused, installed, 
     triton(installed)
     assert resolve_impl("op", "auto", tensor, has_fused=has_fused) is expected
     assert resolve_impl("op", "reference", tensor, has_fused=has_fused) is Impl.REFERENCE
+
+
+def test_auto_takes_what_is_preferred(triton):
+    triton(True)
+    assert resolve_impl("op", "auto", GPU, has_fused=True, preferred=False) is Impl.REFERENCE
+    assert resolve_impl("op", "fused", GPU, has_fused=True, preferred=False) is Impl.FUSED
+
+
+@pytest.mark.parametrize("op", ["geglu", "temporal_conv"])
+def test_fused_takes_no_fp64(op):
+    x = torch.ones(2, 2, 2, 2, dtype=torch.float64)
+    weight = torch.ones(2, 2, 1, 1, dtype=torch.float64)
+    with pytest.raises(ValueError) as error:
+        if op == "geglu":
+            geglu(x, weight[..., 0, 0], impl="fused")
+        else:
+            temporal_conv(x, weight, num_frames=2, impl="fused")
+    reason = "expected float16, bfloat16 or float32 for 'fused', got float64"
+    assert str(error.value) == f"{op}: impl: {reason}; pass impl='auto' or impl='reference'"
+
+
+def test_a_missing_kernel_says_so():
+    with pytest.raises(ValueError, match=r"^op: impl: expected 'auto' or 'reference' \(no fused kernel exists\), got"):
+        resolve_impl("op", "fused", GPU)
 
 
 def test_fused_says_what_is_missing(triton, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from temporal_layers.kernels.alpha_blend import alpha_blend, alpha_residual
+from temporal_layers.kernels.geglu import geglu
 from temporal_layers.kernels.group_norm import group_norm
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.kernels.temporal_conv import temporal_conv
@@ -102,8 +103,12 @@ def norm(x=MAPS, num_groups=2, *args, **kwargs):
     return lambda: group_norm(x, num_groups, *args, **kwargs)
 
 
-def conv(x=MAPS, weight=KERNEL, *args, num_frames=2):
-    return lambda: temporal_conv(x, weight, *args, num_frames=num_frames)
+def conv(x=MAPS, weight=KERNEL, *args, num_frames=2, **kwargs):
+    return lambda: temporal_conv(x, weight, *args, num_frames=num_frames, **kwargs)
+
+
+def gated(x=TOKENS, weight=None, *args):
+    return lambda: geglu(x, torch.ones(8, 6) if weight is None else weight, *args)
 
 
 def attend(query=TOKENS, key=None, value=None, num_frames=2, num_heads=3, **kwargs):
@@ -156,6 +161,10 @@ KERNEL_SHAPE = (
     "weight: expected (out_channels, 6, kernel, 1), got shape %s; drop the last dimension of a (kernel, 1, 1) Conv3d "
     "weight and match x's channels"
 )
+EMBEDDING_SHAPE = (
+    "temb: expected shape (4 or 2, 5), got shape %s; pass an embedding for each frame or clip, projected to the "
+    "weight's rows"
+)
 CONV_ERRORS = [
     (
         conv(TOKENS),
@@ -182,6 +191,54 @@ CONV_ERRORS = [
     (
         conv(MAPS, KERNEL, WEIGHT[:5].half()),
         "bias: expected float32 like x, got (5,) float16 on cpu; convert it with .to(x.dtype)",
+    ),
+    (conv(temb=torch.ones(4, 6)), EMBEDDING_SHAPE % "(4, 6)"),
+    (conv(temb=torch.ones(3, 5)), EMBEDDING_SHAPE % "(3, 5)"),
+    (conv(temb=torch.ones(5)), EMBEDDING_SHAPE % "(5,)"),
+    (
+        conv(temb=torch.ones(2, 5).half()),
+        "temb: expected float32 like x, got (2, 5) float16 on cpu; convert it with .to(x.dtype)",
+    ),
+    (
+        conv(residual=MAPS),
+        "residual: expected the shape of the result (4, 5, 2, 3), got shape (4, 6, 2, 3); pass the input of the "
+        "residual branch",
+    ),
+    (
+        conv(residual=MAPS[:, :5].to("meta")),
+        "residual: expected a tensor on cpu like x, got (4, 5, 2, 3) float32 on meta; move it to cpu",
+    ),
+    (conv(alpha=HALF), "alpha: expected a residual beside it, got none; pass the residual that it weighs"),
+    (
+        conv(residual=MAPS[:, :5], alpha=torch.ones(1, 6)),
+        "alpha: expected shape () or (1 or 2, 1 or 5), got shape (1, 6); pass one weight, or one for each frame and "
+        "channel",
+    ),
+]
+PROJECTION_SHAPE = (
+    "weight: expected (2*inner, 6), got shape %s; stack the rows of the value on those of the gate, and match x's "
+    "channels"
+)
+GATE_ERRORS = [
+    (gated(WEIGHT), "x: expected (..., channels), got shape (6,); give it a dimension of rows"),
+    (
+        gated(TOKENS.int()),
+        "x: expected a floating-point tensor, got (4, 5, 6) int32 on cpu; convert it with .to(dtype)",
+    ),
+    (gated(TOKENS, torch.ones(8, 5)), PROJECTION_SHAPE % "(8, 5)"),
+    (gated(TOKENS, torch.ones(7, 6)), PROJECTION_SHAPE % "(7, 6)"),
+    (gated(TOKENS, torch.ones(6)), PROJECTION_SHAPE % "(6,)"),
+    (
+        gated(TOKENS, torch.ones(8, 6).double()),
+        "weight: expected float32 like x, got (8, 6) float64 on cpu; convert it with .to(x.dtype)",
+    ),
+    (
+        gated(TOKENS, None, torch.ones(4)),
+        "bias: expected one value for each row of weight (8,), got shape (4,); size it by the weight",
+    ),
+    (
+        gated(TOKENS, None, torch.ones(8).to("meta")),
+        "bias: expected a tensor on cpu like x, got (8,) float32 on meta; move it to cpu",
     ),
 ]
 ATTENTION_ERRORS = [
@@ -249,6 +306,7 @@ ERRORS = [
     (call, f"{op}: {text}")
     for op, cases in (
         ("group_norm", NORM_ERRORS),
+        ("geglu", GATE_ERRORS),
         ("temporal_conv", CONV_ERRORS),
         ("temporal_attention", ATTENTION_ERRORS),
     )

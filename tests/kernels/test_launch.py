@@ -42,7 +42,7 @@ def compiled():
 
 def test_interpreted_kernel_computes(interpreted):
     assert len(interpreted["errors"]) == 4 and max(interpreted["errors"]) < 1e-6
-    assert interpreted["can_launch"]
+    assert interpreted["can_launch"] and interpreted["named"] == "interpreted"
 
 
 def test_empty_grid_launches_nothing(interpreted):
@@ -58,7 +58,7 @@ def test_interpreted_process_cannot_compile(interpreted):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_compiles_without_a_gpu(compiled, target):
     kernel = compiled["kernels"][target]
-    assert (kernel["name"], kernel["target"]) == ("axpy_kernel", target)
+    assert (kernel["name"], kernel["target"], kernel["named"]) == ("axpy_kernel", target, target)
     assert kernel["magic"] == b"\x7fELF".hex()
     assert kernel["spills"] == 0 and kernel["shared_bytes"] == 0
     assert 4 <= kernel["registers"] <= 64

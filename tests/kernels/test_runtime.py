@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from temporal_layers.kernels.alpha_blend import alpha_blend, alpha_residual
+from temporal_layers.kernels.geglu import geglu
 from temporal_layers.kernels.group_norm import group_norm
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.kernels.temporal_conv import temporal_conv
@@ -41,6 +42,9 @@ OPS = {
         alpha=(1, CHANNELS),
     ),
     "alpha_residual": lambda: Op(lambda m, x, f: alpha_residual(x, x.flip(0), m.alpha, num_frames=f), alpha=()),
+    "geglu": lambda: Op(
+        lambda m, x, f: geglu(x.permute(0, 2, 3, 1), m.weight, m.bias), weight=(6, CHANNELS), bias=(6,)
+    ),
     "group_norm": lambda: Op(
         lambda m, x, f: group_norm(x, 2, m.weight, m.bias, num_frames=f, activation="silu"),
         weight=(CHANNELS,), bias=(CHANNELS,),
@@ -55,6 +59,12 @@ OPS = {
     ),
     "temporal_conv_causal": lambda: Op(
         lambda m, x, f: temporal_conv(x, m.weight, num_frames=f, causal=True), weight=(3, CHANNELS, 3, 1)
+    ),
+    "temporal_conv_residual": lambda: Op(
+        lambda m, x, f: temporal_conv(
+            x, m.weight, num_frames=f, temb=x.mean((2, 3)), residual=x.flip(0), alpha=m.alpha
+        ),
+        weight=(CHANNELS, CHANNELS, 3, 1), alpha=(),
     ),
 }  # fmt: skip
 every_op = pytest.mark.parametrize("name", OPS)
