@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os import PathLike
 from typing import Any, ClassVar
 
 import torch
@@ -22,11 +21,10 @@ from torch import Tensor, nn
 
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.adapters import TemporalAdapter
-from temporal_layers.adapters.weights import AdapterWeights
 from temporal_layers.recipes.autoencoding import decode_latents, encode_frames, pixels_per_latent
 from temporal_layers.recipes.bases import LabelBase, PipelineBase, VideoBase
 from temporal_layers.recipes.image_ldm import ImageLDM, LabelConditioner
-from temporal_layers.recipes.pipelines.injected import InjectedPipeline
+from temporal_layers.recipes.pipelines.injected import AdapterSource, InjectedPipeline, put_layers
 from temporal_layers.recipes.pipelines.outputs import VideoOutput, frames_of
 from temporal_layers.recipes.sampling.loop import Scale
 from temporal_layers.recipes.stages.personal import TwoTexts, is_injected
@@ -39,9 +37,6 @@ TEMPORAL = "temporal_"
 
 GUIDANCE = {"text": 7.5, "labels": 2.0}
 """Usual strength of the guidance towards a prompt."""
-
-AdapterSource = str | PathLike | AdapterWeights
-"""A folder or hub repository that an adapter was saved to, or ``adapter.snapshot()``."""
 
 
 class TemporalPipeline(InjectedPipeline, TextualInversionLoaderMixin, StableDiffusionXLLoraLoaderMixin):
@@ -145,14 +140,7 @@ class TemporalPipeline(InjectedPipeline, TextualInversionLoaderMixin, StableDiff
         if temporal_text is not None:
             parts |= {TEMPORAL + name: part for name, part in _text_parts(temporal_text).items()}
         parts |= components
-        for name, source in (("unet", adapter), ("vae", decoder)):
-            if source is not None:
-                TemporalAdapter.from_pretrained(parts[name], source)
-        if not is_injected(parts["unet"]):
-            raise ValueError(
-                f"{cls.__name__}.from_image_pipeline: expected an adapter, or a UNet with temporal layers, got "
-                "neither; pass adapter=..., or inject layers and train them first"
-            )
+        put_layers(cls.__name__, parts, adapter, decoder)
         return cls(**parts)
 
     @property

@@ -14,7 +14,7 @@ from temporal_layers.recipes.bases import Conditioning, VideoBase
 from temporal_layers.recipes.conditioning import ContextPlanes
 from temporal_layers.recipes.pipelines.components import TemporalPipeline
 from temporal_layers.recipes.pipelines.injected import OnStepEnd
-from temporal_layers.recipes.pipelines.outputs import Frames, VideoOutput, clips_of
+from temporal_layers.recipes.pipelines.outputs import Frames, VideoOutput, check_output_type, clips_of
 from temporal_layers.recipes.pipelines.prompts import Asked, Conditionings, Prompts, conditionings
 from temporal_layers.recipes.sampling.context import ContextSampling
 from temporal_layers.recipes.sampling.loop import OnStep
@@ -46,7 +46,46 @@ class Prepared(NamedTuple):
 
 
 class ContextPipeline(TemporalPipeline):
-    """Base of pipelines whose temporal layers take given frames."""
+    """Base of pipelines whose temporal layers take given frames, which hand out clips window by window (``stream``)."""
+
+    def __call__(
+        self,
+        prompt: Prompts = None,
+        *given: Frames,
+        decode_chunk_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **how: Any,
+    ) -> VideoOutput | tuple[Any]:
+        """Make clips.
+
+        Args:
+            prompt: As of ``stream``.
+            *given: Frames, likewise.
+            decode_chunk_size: Frames that are decoded at a time; see `decode_clips`.
+            output_type: ``pil``, ``np``, ``pt`` or ``latent``; see `VideoOutput`.
+            return_dict: Return a `VideoOutput`, or a tuple.
+            **how: Further arguments of ``stream``.
+
+        Returns:
+            The clips; up to the last whole window if a callback has interrupted them.
+
+        Raises:
+            ValueError: As ``stream``; if there is no such output type.
+            Interrupted: If a callback has, before there was a frame.
+        """
+        check_output_type(type(self).__name__, output_type)
+        parts = list(self.stream(prompt, *given, **how))
+        if not parts:
+            raise Interrupted(f"{type(self).__name__}: interrupted before there was a frame")
+        latents = torch.cat(parts, dim=2).to(self._execution_device)
+        return self.finish(
+            latents, output_type=output_type, return_dict=return_dict, decode_chunk_size=decode_chunk_size
+        )
+
+    def stream(self, prompt: Prompts = None, *given: Frames, **how: Any) -> Iterator[Float[Tensor, "b c some h w"]]:
+        """Make clips, and hand out latents as they come."""
+        raise NotImplementedError
 
     @property
     def planes(self) -> ContextPlanes:
@@ -230,24 +269,6 @@ class ContextPipeline(TemporalPipeline):
                 return
             finally:
                 self.maybe_free_model_hooks()
-
-    def _collected(
-        self, parts: Iterator[Tensor], *, output_type: str, return_dict: bool, decode_chunk_size: int | None
-    ) -> VideoOutput | tuple[Any]:
-        """What a call returns, of parts of clips.
-
-        Raises:
-            Interrupted: If there are none.
-        """
-        found = list(parts)
-        if not found:
-            raise Interrupted(f"{type(self).__name__}: interrupted before there was a frame")
-        return self.finish(
-            torch.cat(found, dim=2).to(self._execution_device),
-            output_type=output_type,
-            return_dict=return_dict,
-            decode_chunk_size=decode_chunk_size,
-        )
 
 
 def _several(prompts: Any) -> bool:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from temporal_layers.adapters import TemporalAdapter, adapter_of
+from temporal_layers.adapters.weights import AdapterWeights
 from temporal_layers.recipes.sampling.loop import OnStep, denoise
 from temporal_layers.recipes.sampling.regions import Denoiser
 from temporal_layers.recipes.sampling.sampler import Generators, Sampler
@@ -24,6 +25,9 @@ from temporal_layers.recipes.stages.personal import image_model, is_injected
 
 OnStepEnd = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
 """Called as ``callback(pipeline, step, timestep, {"latents": ...})``; may return a dictionary with other latents."""
+
+AdapterSource = str | PathLike | AdapterWeights
+"""A folder or hub repository that an adapter was saved to, or ``adapter.snapshot()``."""
 
 DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -159,6 +163,28 @@ class InjectedPipeline(DiffusionPipeline):
                 return (callback_on_step_end(self, next(steps), timestep, told) or {}).get("latents", latents)
 
             yield on_step
+
+
+def put_layers(who: str, parts: dict[str, Any], adapter: AdapterSource | None, decoder: AdapterSource | None) -> None:
+    """Put adapters into the UNet and the autoencoder among the components of a pipeline.
+
+    Args:
+        who: Name of the pipeline.
+        parts: Components by name.
+        adapter: For ``unet``; None if its layers are there.
+        decoder: For ``vae``; None for the layers that are there, or none.
+
+    Raises:
+        ValueError: If an adapter does not fit, or the UNet is left without temporal layers.
+    """
+    for name, source in (("unet", adapter), ("vae", decoder)):
+        if source is not None:
+            TemporalAdapter.from_pretrained(parts[name], source)
+    if not is_injected(parts["unet"]):
+        raise ValueError(
+            f"{who}.from_image_pipeline: expected an adapter, or a UNet with temporal layers, got neither; pass "
+            "adapter=..., or inject layers to be trained first"
+        )
 
 
 def _download(repository: str, folders: dict[str, str], options: dict[str, Any]) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 from temporal_layers.recipes.conditioning import FACTOR, interpolated_length
 from temporal_layers.recipes.pipelines.context import ContextPipeline, Prepared
 from temporal_layers.recipes.pipelines.injected import OnStepEnd
-from temporal_layers.recipes.pipelines.outputs import Frames, VideoOutput, check_output_type
+from temporal_layers.recipes.pipelines.outputs import Frames
 from temporal_layers.recipes.pipelines.prompts import Prompts
 from temporal_layers.recipes.sampling.interpolation import interpolate_windows, interpolation_windows
 from temporal_layers.recipes.sampling.loop import OnStep
@@ -32,39 +32,6 @@ class VideoInterpolationPipeline(ContextPipeline):
         >>> pipeline = VideoInterpolationPipeline.from_image_pipeline(image_pipeline, adapter="mine")  # doctest: +SKIP
         >>> frames = pipeline("night rain", key_frames).frames[0]  # doctest: +SKIP
     """
-
-    def __call__(
-        self,
-        prompt: Prompts = None,
-        frames: Frames | None = None,
-        *,
-        decode_chunk_size: int | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        **how: Any,
-    ) -> VideoOutput | tuple[Any]:
-        """Fill in clips.
-
-        Args:
-            prompt: As of `stream`.
-            frames: As of `stream`.
-            decode_chunk_size: Frames that are decoded at a time; see `decode_clips`.
-            output_type: ``pil``, ``np``, ``pt`` or ``latent``; see `VideoOutput`.
-            return_dict: Return a `VideoOutput`, or a tuple.
-            **how: Further arguments of `stream`.
-
-        Returns:
-            The clips; up to the last whole window if a callback has interrupted them.
-
-        Raises:
-            ValueError: As `stream`; if there is no such output type.
-            Interrupted: If a callback has, before there was a frame.
-        """
-        check_output_type(type(self).__name__, output_type)
-        parts = self.stream(prompt, frames, **how)
-        return self._collected(
-            parts, output_type=output_type, return_dict=return_dict, decode_chunk_size=decode_chunk_size
-        )
 
     def stream(
         self,

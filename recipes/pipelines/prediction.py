@@ -13,7 +13,7 @@ from torch import Tensor
 
 from temporal_layers.recipes.pipelines.context import ContextPipeline
 from temporal_layers.recipes.pipelines.injected import OnStepEnd
-from temporal_layers.recipes.pipelines.outputs import Frames, VideoOutput, check_output_type
+from temporal_layers.recipes.pipelines.outputs import Frames
 from temporal_layers.recipes.pipelines.prompts import Prompts
 from temporal_layers.recipes.pipelines.video_ldm import NUM_FRAMES
 from temporal_layers.recipes.sampling.loop import OnStep
@@ -30,39 +30,6 @@ class VideoPredictionPipeline(ContextPipeline):
         >>> pipeline = VideoPredictionPipeline.from_image_pipeline(image_pipeline, adapter="my-model")  # doctest: +SKIP
         >>> futures = pipeline("night rain", image, num_frames=40, num_videos_per_prompt=3).frames  # doctest: +SKIP
     """
-
-    def __call__(
-        self,
-        prompt: Prompts = None,
-        image: Frames | None = None,
-        *,
-        decode_chunk_size: int | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        **how: Any,
-    ) -> VideoOutput | tuple[Any]:
-        """Make clips.
-
-        Args:
-            prompt: As of `stream`.
-            image: As of `stream`.
-            decode_chunk_size: Frames that are decoded at a time; see `decode_clips`.
-            output_type: ``pil``, ``np``, ``pt`` or ``latent``; see `VideoOutput`.
-            return_dict: Return a `VideoOutput`, or a tuple.
-            **how: Further arguments of `stream`.
-
-        Returns:
-            The clips; up to the last whole window if a callback has interrupted them.
-
-        Raises:
-            ValueError: As `stream`; if there is no such output type.
-            Interrupted: If a callback has, before there was a frame.
-        """
-        check_output_type(type(self).__name__, output_type)
-        parts = self.stream(prompt, image, **how)
-        return self._collected(
-            parts, output_type=output_type, return_dict=return_dict, decode_chunk_size=decode_chunk_size
-        )
 
     def stream(
         self,

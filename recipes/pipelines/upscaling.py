@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,17 +20,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from temporal_layers.adapters import TemporalAdapter
-from temporal_layers.adapters.weights import AdapterWeights
 from temporal_layers.recipes.autoencoding import pixels_per_latent
 from temporal_layers.recipes.bases import Conditioning
-from temporal_layers.recipes.pipelines.injected import InjectedPipeline, OnStepEnd
+from temporal_layers.recipes.pipelines.injected import AdapterSource, InjectedPipeline, OnStepEnd, put_layers
 from temporal_layers.recipes.pipelines.outputs import Frames, VideoOutput, check_output_type, clips_of, frames_of
 from temporal_layers.recipes.sampling.noise import clips_of_noise, one_a_clip
 from temporal_layers.recipes.sampling.regions import in_parts
 from temporal_layers.recipes.sampling.sampler import Generators, Sampler
 from temporal_layers.recipes.sampling.upscaling import UpscalerModel, check_upscaling, on_grid
-from temporal_layers.recipes.stages.personal import is_injected
 from temporal_layers.recipes.upscaler import Upscaler
 
 _WHO = "VideoUpscalePipeline"
@@ -98,8 +94,8 @@ class VideoUpscalePipeline(InjectedPipeline, TextualInversionLoaderMixin, Stable
         cls,
         image_pipeline: Upscaler | DiffusionPipeline,
         *,
-        adapter: str | PathLike | AdapterWeights | None = None,
-        decoder: str | PathLike | AdapterWeights | None = None,
+        adapter: AdapterSource | None = None,
+        decoder: AdapterSource | None = None,
         **components: Any,
     ) -> VideoUpscalePipeline:
         """Make it of an upscaler for images, whose models it shares: they get the temporal layers too, and are frozen.
@@ -126,14 +122,7 @@ class VideoUpscalePipeline(InjectedPipeline, TextualInversionLoaderMixin, Stable
         for name in ("unet", "scheduler", "low_res_scheduler", "vae", "factor", "max_noise_level", "align_corners"):
             parts[name] = getattr(upscaler, name)
         parts |= components
-        for name, source in (("unet", adapter), ("vae", decoder)):
-            if source is not None:
-                TemporalAdapter.from_pretrained(parts[name], source)
-        if not is_injected(parts["unet"]):
-            raise ValueError(
-                f"{_WHO}.from_image_pipeline: expected an adapter, or a UNet with temporal layers, got neither; pass "
-                "adapter=..., or train layers with `temporal-layers train upscale`"
-            )
+        put_layers(_WHO, parts, adapter, decoder)
         return cls(**parts)
 
     @property
