@@ -1,5 +1,6 @@
 """The public surface: every name in `__all__` exists, stands in order and says what it is."""
 
+import ast
 import importlib
 import inspect
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import temporal_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = ["temporal_layers", "temporal_layers.functional", "temporal_layers.adapters"]
@@ -91,6 +94,17 @@ def test_public_names(name):
     assert len(set(module.__all__)) == len(module.__all__)
     assert [entry for entry in module.__all__ if not hasattr(module, entry)] == []
     assert [line for entry in module.__all__ for line in undocumented(entry, getattr(module, entry))] == []
+
+
+def test_names_that_are_loaded_late_are_those_that_type_checkers_see():
+    tree = ast.parse((ROOT / "temporal_layers" / "__init__.py").read_text(encoding="utf-8"))
+    checked = next(node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
+    seen = {alias.name: node.module for node in checked.body for alias in node.names}
+    assert seen == {name: f"temporal_layers.{home}" for name, home in temporal_layers._HOMES.items()}
+    assert sorted(seen) == sorted(temporal_layers.__all__)
+    assert set(temporal_layers.__all__) <= set(dir(temporal_layers))
+    with pytest.raises(AttributeError, match=r"module 'temporal_layers' has no attribute 'TemporalAttentoin'"):
+        temporal_layers.TemporalAttentoin  # noqa: B018
 
 
 def test_annotations_tell_the_truth():

@@ -149,6 +149,12 @@ def loaded_by(statement, after="pass"):
     return set(json.loads(result.stdout.splitlines()[-1]))
 
 
+def test_the_package_alone_loads_nothing():
+    loaded = loaded_by("import temporal_layers; assert 'TemporalAttention' in dir(temporal_layers)")
+    assert {name.split(".")[0] for name in loaded} - sys.stdlib_module_names == {"temporal_layers"}
+    assert "torch" in loaded_by("from temporal_layers import TemporalAttention")
+
+
 def test_import_is_light():
     loaded = loaded_by("import temporal_layers, temporal_layers.functional")
     assert {"torch", "temporal_layers.functional", "temporal_layers.kernels.group_norm"} <= loaded
