@@ -5,8 +5,8 @@ frozen, samples again from the same noise, and once more with the shipped adapte
 training. Writes all as MP4, GIF and WebP, a contact sheet, the adapter, the numbers and a report.
 
     temporal-layers demo
-    temporal-layers demo --videos FOLDER      on your own clips
-    temporal-layers demo --base FOLDER_OR_ID  on any Stable Diffusion, DDPM or LDM pipeline of diffusers
+    temporal-layers demo --videos FOLDER    # on your own clips
+    temporal-layers demo --base FOLDER_OR_ID  # on any Stable Diffusion, DDPM or LDM pipeline of diffusers
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -42,6 +41,7 @@ from temporal_layers.recipes.stages.clips import DRIVING_FPS, TensorClips, encod
 from temporal_layers.recipes.stages.image import HELD_OUT, finetune_frames
 from temporal_layers.recipes.stages.temporal import alphas
 from temporal_layers.recipes.stages.video import DEFAULT_OPTIM, load_shipped_adapter, train_video
+from temporal_layers.recipes.training.configs import from_words
 from temporal_layers.recipes.training.engine import OptimConfig, RunFolder, versions
 
 CAPTION = "a video"
@@ -386,7 +386,7 @@ def _show(result: DemoResult, config: DemoConfig, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the demo; returns the exit code."""
-    config = tyro.cli(DemoConfig, description=__doc__, prog="temporal-layers demo", args=arguments)
+    config = from_words(DemoConfig, arguments, prog="temporal-layers demo", description=__doc__)
     run_demo(config)
     return 0
 

@@ -1,9 +1,9 @@
 """What an injection would put where, from a configuration alone: no weights are loaded and nothing is written.
 
-temporal-layers inspect PATH                       a pipeline folder, a model folder or a config.json
+temporal-layers inspect PATH                     # a pipeline folder, a model folder or a config.json
 temporal-layers inspect PATH --policy after_pair --no-resblock --num-heads 8
-temporal-layers inspect PATH --adapter my-motion   the layers of a saved adapter
-temporal-layers inspect PATH --json                for machines
+temporal-layers inspect PATH --adapter my-motion  # the layers of a saved adapter
+temporal-layers inspect PATH --json              # for machines
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from temporal_layers.adapters import TemporalAdapter, TemporalConfig, inject
 from temporal_layers.adapters.config import TransformerPolicy
 from temporal_layers.adapters.files import load as load_adapter
 from temporal_layers.adapters.registry import MODELS, find
+from temporal_layers.recipes.training.configs import from_words
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -188,7 +189,7 @@ def run_inspect(config: InspectConfig) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    config = tyro.cli(InspectConfig, description=__doc__, prog="temporal-layers inspect", args=arguments)
+    config = from_words(InspectConfig, arguments, prog="temporal-layers inspect", description=__doc__)
     return run_inspect(config)
 
 

@@ -1,7 +1,12 @@
-"""Encode the clips of a data set once, so that training reads latents and text embeddings from disk."""
+"""Encode the clips of a data set once, so that training reads latents and text embeddings from disk.
+
+temporal-layers data cache --data.path videos --out cache
+temporal-layers data cache --data.path videos --out cache --fps 8 --size 256 384 --max-frames 64
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +42,7 @@ class CacheCommandConfig:
         batch_frames: Frames that are encoded at a time.
         device: Where the model runs.
         loader: How clips are decoded.
+        json: Print JSON in place of text.
     """
 
     out: Path = Path("runs/cache")
@@ -52,6 +58,7 @@ class CacheCommandConfig:
     batch_frames: int = 16
     device: str = "cpu"
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    json: bool = False
 
 
 def run_cache(config: CacheCommandConfig) -> CachedClips:
@@ -96,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"temporal-layers data cache: {error}", file=sys.stderr)
         return 1
     frames = sum(clip.num_frames for clip in cached)
+    if config.json:
+        print(json.dumps({"out": str(config.out), "clips": len(cached), "frames": frames, "bad": cached.bad}, indent=2))
+        return 0
     print(f"{config.out}: {len(cached)} clips, {frames} frames, {len(cached.bad)} videos left out")
     for name, reason in cached.bad.items():
         print(f"  {reason if name in reason else f'{name}: {reason}'}")

@@ -1,4 +1,8 @@
-"""Look at every video of a data set: how many, how long, how large, at which rate, and which cannot be read and why."""
+"""Look at every video of a data set: how many, how long, how large, at which rate, and which cannot be read and why.
+
+temporal-layers data check videos
+temporal-layers data check table.csv --thorough --json   # every frame; for machines
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from rich.table import Table
 from temporal_layers.recipes.data.decoding import DecoderName
 from temporal_layers.recipes.data.probing import Probe, probe_all
 from temporal_layers.recipes.data.sources import DataConfig, Source, make_source
+from temporal_layers.recipes.training.configs import from_words
 
 _MOST_COMMON = 8
 
@@ -106,7 +111,7 @@ def show(facts: dict[str, Any], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    config = tyro.cli(CheckConfig, description=__doc__, prog="temporal-layers data check", args=arguments)
+    config = from_words(CheckConfig, arguments, prog="temporal-layers data check", description=__doc__)
     try:
         source = make_source(
             DataConfig(path=config.path, kind=config.kind, root=config.root, index_folder=config.index_folder)

@@ -4,7 +4,7 @@ It learns to tell label (time of day and weather), order of the frames (forward,
 curvature of the road and distance of the car ahead. The first needs appearance, the others motion. It never sees
 noise, blur or a generated frame.
 
-    python -m temporal_layers.recipes.evaluation.features_stage --out runs/features
+    temporal-layers train features --out runs/features
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Reads what a training left in its folder. Where that has an adapter, two clips a
 frame and with the temporal layers, and it is recorded whom frames attend to.
 
     temporal-layers report runs/video
-    temporal-layers report runs/video --samples 0      only what is in the folder, without loading the model
+    temporal-layers report runs/video --samples 0    # only what is in the folder, without loading the model
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from temporal_layers.recipes.inspection import AttentionRecord, alphas_over_trai
 from temporal_layers.recipes.report.page import Report, Table, write_report
 from temporal_layers.recipes.sampling.clips import sample_clips
 from temporal_layers.recipes.sheets import contact_sheet
+from temporal_layers.recipes.training.configs import from_words
 
 PIXELS = ((0.35, 0.25), (0.7, 0.5))
 """Where attention is shown: somewhere in the upper left, and in the middle of the lower half."""
@@ -208,7 +209,7 @@ def _prompts(base: VideoBase, count: int) -> dict[str, Tensor]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    config = tyro.cli(ReportConfig, description=__doc__, prog="temporal-layers report", args=arguments)
+    config = from_words(ReportConfig, arguments, prog="temporal-layers report", description=__doc__)
     print(run_report(config))
     return 0
 

@@ -1,7 +1,7 @@
 """The whole Video LDM: key frames, interpolation twice, temporal decoder, upscaling; 8 key frames become 113 frames.
 
 temporal-layers sample cascade "night rain" --out night.mp4
-temporal-layers sample cascade "day clear" --image start.png --key-frames 12 --count 3     futures of one start
+temporal-layers sample cascade "day clear" --image start.png --key-frames 12 --count 3   # futures of one start
 temporal-layers sample cascade --model my-cascade --no-upscale --keep
 """
 

@@ -1,7 +1,7 @@
 """Make three frames between every two of a clip; twice, 8 frames become 29 and then 113.
 
 temporal-layers sample interpolate keys.mp4 --prompt "day clear" --out smooth.mp4
-temporal-layers sample interpolate clip.mp4 --levels 1 --first-level 1      between frames that are close already
+temporal-layers sample interpolate clip.mp4 --levels 1 --first-level 1    # between frames that are close already
 """
 
 from __future__ import annotations

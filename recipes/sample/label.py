@@ -1,9 +1,9 @@
 """Make a clip of a label; by default with the small driving model that comes with the package.
 
 temporal-layers sample label "night rain" --out night.mp4
-temporal-layers sample label                              no label: any scene
-temporal-layers sample label list                         the labels there are
-temporal-layers sample label "day snow" --video day.mp4   out of another clip
+temporal-layers sample label                            # no label: any scene
+temporal-layers sample label list                       # the labels there are
+temporal-layers sample label "day snow" --video day.mp4  # out of another clip
 """
 
 from __future__ import annotations

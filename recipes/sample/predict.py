@@ -1,7 +1,7 @@
 """Continue a start frame, or make a clip of any length from nothing, window by window.
 
-temporal-layers sample predict "day clear" --image start.png --num-frames 40 --count 3       three futures
-temporal-layers sample predict "night rain" --num-frames 200 --latents runs/night            goes on after a kill
+temporal-layers sample predict "day clear" --image start.png --num-frames 40 --count 3     # three futures
+temporal-layers sample predict "night rain" --num-frames 200 --latents runs/night          # goes on after a kill
 temporal-layers sample predict "a road" --model my-pipeline --clip start.mp4 --context-guidance-scale 1.5
 """
 

@@ -1,8 +1,8 @@
 """Make a clip of a text, with an image model that reads text and temporal layers for it.
 
-temporal-layers sample text "a road at night" --model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter my-motion
+temporal-layers sample text "a road at night" --model my-model --adapter my-motion
 temporal-layers sample text "a road at night" --model my-pipeline --out night.webp --num-frames 16
-temporal-layers sample text "snow" --model my-pipeline --video summer.mp4 --strength 0.6     out of another clip
+temporal-layers sample text "snow" --model my-pipeline --video summer.mp4 --strength 0.6   # out of another clip
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Decoding frame by frame flickers. The decoder gets temporal layers and is trained on short clips against a discriminator
 that sees patches of clips; the encoder stays as it is, and with it the latents and every model trained on them.
 
-    python -m temporal_layers.recipes.stages.decoder --out runs/decoder
+    temporal-layers train decoder --out runs/decoder
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ subject, asked for by a rare word, beside an image of its class that the model i
 wanted, the text encoder are trained, whole or by LoRA; images bypass the temporal layers, which move the subject
 afterwards without having seen it. They go on reading the text encoder that they know: see `personal.TwoTexts`.
 
-    python -m temporal_layers.recipes.stages.dreambooth --out runs/dreambooth
+    temporal-layers train dreambooth --out runs/dreambooth
 """
 
 from __future__ import annotations

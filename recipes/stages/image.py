@@ -3,7 +3,7 @@
 The video stage starts from what this one leaves behind and keeps it frozen.  Nothing here sees two frames of a clip
 together: each frame is drawn from a clip of its own.
 
-    python -m temporal_layers.recipes.stages.image --out runs/image
+    temporal-layers train image --out runs/image
 """
 
 from __future__ import annotations

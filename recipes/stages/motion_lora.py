@@ -5,7 +5,7 @@ and made weaker or stronger, and they go together with LoRAs on the image model.
 in common out of a second loss, so that the look of the clip is learnt less than its motion (MotionDirector, Zhao et
 al. 2023, section 4.2; its LoRA on the spatial layers is not part of this stage).
 
-    python -m temporal_layers.recipes.stages.motion_lora --out runs/motion --reverse
+    temporal-layers train motion-lora --out runs/motion --reverse
 """
 
 from __future__ import annotations

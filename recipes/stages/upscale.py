@@ -4,7 +4,7 @@ Temporal layers are injected as in stage "video" and trained on patches alone, s
 resolutions; what is upscaled later are whole frames. The low-resolution frames of a clip get noise of one level.
 With --train image the stage trains the upscaler for images itself.
 
-    python -m temporal_layers.recipes.stages.upscale --out runs/upscale
+    temporal-layers train upscale --out runs/upscale
 """
 
 from __future__ import annotations

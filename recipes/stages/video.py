@@ -3,7 +3,7 @@
 Each clip gets one noise level and independent noise per frame; the loss is the image model's own, so its noise
 schedule and its kind of prediction stay as they are. Latents are computed once.
 
-    python -m temporal_layers.recipes.stages.video --out runs/video
+    temporal-layers train video --out runs/video
 """
 
 from __future__ import annotations

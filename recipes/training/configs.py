@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import itertools
 import json
 import sys
+import textwrap
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +24,50 @@ _HELP = """
 Two options beside those below: --config FILE (.yaml, .toml or .json; options given as flags override it) and
 --print-config (print the settings that a run would have, as YAML, and stop).
 """
+
+_COLUMNS = 80
+_EXAMPLE = "temporal-layers "  # formatters take the indent off examples that are all there is below the first line
+
+
+def help_text(description: str) -> str:
+    """What a command is for, from the docstring of its module: prose wrapped, indented lines such as commands kept."""
+    parts: list[str] = []
+    for kind, lines in itertools.groupby(inspect.cleandoc(description).split("\n"), _kind):
+        if kind == "prose":
+            parts += textwrap.wrap(" ".join(lines), _COLUMNS)
+        else:
+            parts += [f"    {line}" if line.startswith(_EXAMPLE) else line for line in lines]
+    return "\n".join(parts)
+
+
+def _kind(line: str) -> str:
+    if not line:
+        return "gap"
+    return "as it is" if line.startswith((" ", _EXAMPLE)) else "prose"
+
+
+def from_words(cls: type[Config], words: Sequence[str] | None, *, prog: str, description: str, **given: Any) -> Config:
+    """Settings from the words of a command line alone, without files.
+
+    Args:
+        cls: Dataclass of the settings.
+        words: Words of the command line; those of the process if None.
+        prog: Name of the command.
+        description: What it is for, with examples as indented lines. tyro would run these together, so it is printed
+            in front of what tyro prints.
+        **given: Further arguments of ``tyro.cli``.
+
+    Raises:
+        SystemExit: As :func:`parse`.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if "-h" in words or "--help" in words:
+        print(help_text(description), end="\n\n")
+    try:
+        return tyro.cli(cls, args=words, prog=prog, description="", **given)
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def parse(
@@ -41,10 +88,10 @@ def parse(
     words, path, shown = _taken_out(list(sys.argv[1:] if arguments is None else arguments), prog)
     try:
         default = cls() if path is None else merged(cls(), read(path), where=str(path))
-        found = tyro.cli(cls, args=words, prog=prog, description=(description or "") + _HELP, default=default)
     except ValueError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    found = from_words(cls, words, prog=prog, description=(description or "") + _HELP, default=default)
     if shown:
         print(dumped(found), end="")
         raise SystemExit(0)

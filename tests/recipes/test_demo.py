@@ -8,7 +8,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from rich.console import Console
 
-from temporal_layers import recipes
 from temporal_layers.adapters import TemporalAdapter, inject
 from temporal_layers.recipes import cli, demo
 from temporal_layers.recipes.data.video_io import bunny_path, read_video
@@ -153,23 +152,3 @@ def test_a_frozen_and_a_shuffled_clip_score_badly():
     table = compare({"before": clips[:2], "after": clips[2:4]}, clips, seed=0)
     agreement = {name: row["motion agreement"] for name, row in table.items()}
     assert agreement["real"] > agreement["real, shuffled"] and agreement["real"] > agreement["real, frozen"]
-
-
-@pytest.mark.parametrize("words", [[], ["--help"]])
-def test_cli_lists_its_commands(words, capsys):
-    assert cli.main(words) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in cli.COMMANDS)
-
-
-def test_cli_refuses_an_unknown_command(capsys):
-    assert cli.main(["dmeo"]) == 2
-    assert "unknown command 'dmeo'" in capsys.readouterr().err
-
-
-def test_cli_names_a_missing_package(monkeypatch, tmp_path, capsys):
-    (tmp_path / "needy.py").write_text("import no_such_package")
-    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
-    monkeypatch.setitem(cli.COMMANDS, "demo", ("needy", ""))
-    assert cli.main(["demo"]) == 1
-    assert "expected the package 'no_such_package', got none; install" in capsys.readouterr().err

@@ -1,5 +1,6 @@
-"""The commands that the pages show: each exists, and its settings are ones that the stage takes."""
+"""The commands that pages and help texts show: each exists, and its settings are ones that the command takes."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -9,22 +10,31 @@ import pytest
 from temporal_layers.recipes import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += sorted((ROOT / "recipes" / "weights").glob("*/README.md"))
 STAGE = r"temporal_layers\.recipes\.stages\.(\w+)"
 
 
-def commands():
-    """Shell words of every command line with our command in a code block, by page."""
+def texts():
+    """Code blocks of the pages and examples in the help texts, each with the name of its file."""
     for page in PAGES:
         blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
         for block in (text for language, text in blocks if language in ("", "sh", "bash")):
-            for line in block.replace("\\\n", " ").splitlines():
-                line = re.sub(STAGE, r"temporal-layers train \1", line)
-                found = re.search(r"(?:temporal-layers|temporal_layers\.recipes\.cli) +(.*)", line)
-                if found:
-                    words = shlex.split(found.group(1).split(">")[0], comments=True)
-                    yield str(page.relative_to(ROOT)), tuple(words)
+            yield str(page.relative_to(ROOT)), block
+    for module, _ in cli.COMMANDS.values():
+        file = ROOT / "recipes" / f"{module.replace('.', '/')}.py"
+        lines = ast.get_docstring(ast.parse(file.read_text("utf-8"))).replace("\\\n", " ").splitlines()
+        yield str(file.relative_to(ROOT)), "\n".join(line for line in lines if re.match(" *temporal-layers ", line))
+
+
+def commands():
+    """Shell words of every command line with our command, by file."""
+    for name, text in texts():
+        for line in text.replace("\\\n", " ").splitlines():
+            line = re.sub(STAGE, r"temporal-layers train \1", line)
+            found = re.search(r"(?:temporal-layers|temporal_layers\.recipes\.cli) +(.*)", line)
+            if found:
+                yield name, tuple(shlex.split(found.group(1).split(">")[0], comments=True))
 
 
 SHOWN = sorted(set(commands()))
@@ -40,9 +50,10 @@ def test_pages_show_commands():
 def test_shown_commands_are_understood(page, words, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "video.yaml").write_text("seed: 1")
-    names = [name for name in cli.COMMANDS if words[: len(name.split())] == tuple(name.split())]
-    assert names or words[0].startswith("-"), f"{page}: no command {words}"
-    if names and names[0].startswith(("train", "results")) and "STAGE" not in words:
+    name = next((name for name in cli.COMMANDS if words[: len(name.split())] == tuple(name.split())), "")
+    if not name and "STAGE" not in words:
+        assert cli.main(words) == 0, f"{page}: no command {words}"  # help of all, or of a group
+    if name.startswith(("train", "results", "sample", "data cache")):
         with pytest.raises(SystemExit) as stop:
             cli.main([*words, "--print-config"])
         assert stop.value.code == 0, capsys.readouterr().err

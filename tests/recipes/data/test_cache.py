@@ -266,5 +266,7 @@ def test_the_command_writes_a_cache_and_refuses_a_stale_one(tmp_path, capsys):
     assert cache_command.main(words) == 0
     assert capsys.readouterr().out == f"{out}: 2 clips, 6 frames, 0 videos left out\n"
     assert json.loads((out / "cache.json").read_text())["base"] == base_identity(load_base())
+    assert cache_command.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": str(out), "clips": 2, "frames": 6, "bad": {}}
     assert cache_command.main([*words, "--stride", "2"]) == 1
     assert "temporal-layers data cache: write_cache: " in capsys.readouterr().err
