@@ -1,5 +1,6 @@
 """Attention over frames, or from a clip to its text."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,6 +9,7 @@ from temporal_layers.config import check_at_least, check_choice
 from temporal_layers.frames import check_divisible
 from temporal_layers.kernels.dispatch import Impl
 from temporal_layers.kernels.temporal_attention import temporal_attention
+from temporal_layers.plain import is_plain
 from temporal_layers.positions import RelativePositionBias, RotaryPosition, SinusoidalPosition, zero_
 from temporal_layers.streaming import FrameCache, check_streams
 
@@ -115,7 +117,7 @@ class TemporalAttention(nn.Module):
         if self.position is not None:
             place = {"device": hidden_states.device, "dtype": hidden_states.dtype, "first_frame": first_frame}
             hidden_states = add_per_frame(hidden_states, self.position(num_frames, **place))
-        query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        query, key, value = self._project(hidden_states)
         if self.rotary is not None:
             query = self.rotary(query, num_frames=num_frames, first_frame=first_frame)
             key = self.rotary(key, num_frames=num_frames, first_frame=first_frame)
@@ -171,6 +173,13 @@ class TemporalAttention(nn.Module):
             self.impl = Impl.SDPA
         else:
             self.impl = Impl.XFORMERS if backend == "xformers" else Impl.AUTO
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, in one product where that pays."""
+        linears = (self.to_q, self.to_k, self.to_v)
+        if not packing_pays(hidden_states, self.to_q) or not all(map(is_plain, linears)):
+            return tuple(linear(hidden_states) for linear in linears)
+        return F.linear(hidden_states, torch.cat([linear.weight for linear in linears])).chunk(3, dim=-1)
 
     def _check_cache(self, frame_mask: Tensor | None) -> None:
         check_streams("TemporalAttention", self)
@@ -228,6 +237,17 @@ def resolve_head_dim(who: str, dim: int, num_heads: int, head_dim: int | None) -
     if dim % num_heads != 0:
         raise ValueError(f"{who}: num_heads: expected a divisor of dim={dim}, got {num_heads}; or pass head_dim")
     return dim // num_heads
+
+
+def packing_pays(hidden_states: Tensor, linear: nn.Module) -> bool:
+    """Whether reading the input once instead of three times is worth a copy of three weights.
+
+    On a CPU it is not, whose products are bound by arithmetic.
+    """
+    if hidden_states.device.type == "cpu":
+        return False
+    # While compiling nobody may ask for a size that may be symbolic.
+    return torch.compiler.is_compiling() or hidden_states.shape[:2].numel() > 3 * linear.weight.shape[0]
 
 
 def add_per_frame(

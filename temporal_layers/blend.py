@@ -78,7 +78,7 @@ class AlphaBlend(nn.Module):
     def forward(
         self,
         spatial: Float[Tensor, "n ..."],
-        temporal: Float[Tensor, "n ..."],
+        temporal: Float[Tensor, "n ..."] | Callable[[Tensor], Tensor],
         *,
         num_frames: int,
         channel_dim: int = 1,
@@ -89,7 +89,8 @@ class AlphaBlend(nn.Module):
 
         Args:
             spatial: ``(batch * num_frames, ...)``, maps with ``channel_dim=1`` or tokens with ``channel_dim=-1``.
-            temporal: same shape and dtype (under autocast any dtype).
+            temporal: same shape and dtype (under autocast any dtype); or a function of alpha that returns the blend, as
+                in :meth:`ended_by`.
             num_frames: frames of a clip.
             channel_dim: axis of the channels.
             image_only: ``(batch, num_frames)``, true for frames that keep the spatial branch exactly.
@@ -106,6 +107,8 @@ class AlphaBlend(nn.Module):
                 f"AlphaBlend: num_frames: expected {self.config.num_frames} (alpha is per frame), got {num_frames}; "
                 "use shape='scalar' for clips of any length"
             )
+        if callable(temporal):
+            return temporal(self._weight(spatial.device, spatial.dtype))
         blend = alpha_residual if is_update else alpha_blend
         return blend(
             spatial,
@@ -139,6 +142,15 @@ class AlphaBlend(nn.Module):
             image_only=image_only,
             is_update=True,
         )
+
+    def ended_by(
+        self, hidden_states: Float[Tensor, "n ..."], last: Callable[[Tensor], Tensor], *, num_frames: int
+    ) -> Float[Tensor, "n ..."]:
+        """Blend as :meth:`residual` in the last operator of the branch, which takes alpha and returns the result.
+
+        One pass over memory less once more, for an operator that adds ``hidden_states`` to its result itself.
+        """
+        return self(hidden_states, last, num_frames=num_frames)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AlphaBlend":
         def keep_wide(tensor: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class TemporalConv(nn.Module):
         if cache is not None:
             check_streams("TemporalConv", self.config)
         height, width = hidden_states.shape[-2:]
-        mixed = height_to_frames(convolve(self.conv, frames_to_height(hidden_states, num_frames), cache), height, width)
+        maps = convolve(self.conv, frames_to_height(hidden_states, num_frames), cache=cache)
+        mixed = height_to_frames(maps, height, width)
         if self.scale != 1:
             mixed = torch.lerp(hidden_states, autocast_to(mixed, hidden_states.dtype), self.scale)
         if image_only is None:

@@ -11,6 +11,7 @@ from temporal_layers.config import ContextConfig, TemporalResBlockConfig
 from temporal_layers.context import context_conv, enter_context
 from temporal_layers.frames import check_divisible, frames_to_height, height_to_frames
 from temporal_layers.kernels.group_norm import group_norm
+from temporal_layers.kernels.layout import is_channels_last
 from temporal_layers.kernels.temporal_conv import temporal_conv
 from temporal_layers.positions import zero_
 from temporal_layers.streaming import FrameCache, check_streams
@@ -51,14 +52,32 @@ class FrameConv(nn.Conv2d):
     causal = False
 
     def forward(
-        self, maps: Float[Tensor, "batch channels frames pixels"], *, padded: bool = False
+        self,
+        maps: Float[Tensor, "batch channels frames pixels"],
+        *,
+        temb: Float[Tensor, "n out"] | None = None,
+        residual: Float[Tensor, "n out height width"] | None = None,
+        alpha: Float[Tensor, "..."] | None = None,
+        padded: bool = False,
     ) -> Float[Tensor, "batch out out_frames pixels"]:
-        """Convolve; with ``padded`` the first ``k - 1`` frames are there to be seen only and have no output."""
+        """Convolve, and end a branch: ``residual + (1 - alpha) * (convolution + temb)``.
+
+        With ``padded`` the first ``k - 1`` frames are there to be seen only and have no output.
+        """
+        maps = autocast_to(maps, self.weight.dtype)
         if padded:
-            return F.conv2d(autocast_to(maps, self.weight.dtype), self.weight, self.bias)
+            return F.conv2d(maps, self.weight, self.bias)
         num_frames = maps.shape[2]
-        folded = autocast_to(maps, self.weight.dtype).transpose(1, 2).flatten(0, 1).unsqueeze(-1)
-        folded = temporal_conv(folded, self.weight, self.bias, num_frames=num_frames, causal=self.causal)
+        folded = temporal_conv(
+            maps.transpose(1, 2).flatten(0, 1).unsqueeze(-1),
+            self.weight,
+            self.bias,
+            num_frames=num_frames,
+            temb=temb,
+            residual=None if residual is None else residual.flatten(2).unsqueeze(-1),
+            alpha=alpha,
+            causal=self.causal,
+        )
         return folded.squeeze(-1).unflatten(0, (-1, num_frames)).transpose(1, 2)
 
 
@@ -69,11 +88,28 @@ class CausalFrameConv(FrameConv):
 
 
 def convolve(
-    conv: nn.Module, maps: Float[Tensor, "batch channels frames pixels"], cache: FrameCache | None
+    conv: nn.Module,
+    maps: Float[Tensor, "batch channels frames pixels"],
+    *,
+    temb: Float[Tensor, "n out"] | None = None,
+    cache: FrameCache | None = None,
 ) -> Float[Tensor, "batch out frames pixels"]:
-    """Run a :class:`FrameConv`, or PEFT's wrapper of one, with the frames before those at hand if there is a cache."""
-    if cache is None:
-        return conv(maps)
+    """Run a :class:`FrameConv`, or PEFT's wrapper of one, with the frames before those at hand if there is a cache.
+
+    Args:
+        conv: the convolution.
+        maps: of the frames at hand.
+        temb: added to the result, one row a frame.
+        cache: the frames before.
+    """
+    if cache is None and isinstance(conv, FrameConv):
+        return conv(maps, temb=temb)
+    num_frames = maps.shape[2]
+    maps = conv(maps) if cache is None else _behind_others(conv, maps, cache)
+    return maps if temb is None else maps + temb.unflatten(0, (-1, num_frames)).transpose(1, 2).unsqueeze(-1)
+
+
+def _behind_others(conv: nn.Module, maps: Tensor, cache: FrameCache) -> Tensor:
     reach = getattr(conv, "base_layer", conv).kernel_size[0] - 1
     (frames,) = cache.extend(conv, (maps.permute(0, 2, 3, 1),), keep=reach)
     missing = reach + maps.shape[2] - frames.shape[1]  # at the start of a stream; zero there, as in front of a clip
@@ -184,18 +220,34 @@ class TemporalResBlock(nn.Module):
         if frame_context is not None:
             entered = enter_context("TemporalResBlock", self.context_in, hidden_states, frame_context)
         maps = frames_to_height(hidden_states if entered is None else hidden_states + entered, num_frames)
-        for index, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
-            maps = norm(maps)
-            if index > 0:
-                maps = self.dropout(maps)
-            maps = convolve(conv, maps, cache)
-            if index == 0 and self.temb_proj is not None:
-                projected = self.temb_proj(F.silu(temb))
-                maps = maps + projected.unflatten(0, (-1, num_frames)).transpose(1, 2).unsqueeze(-1)
-        update = height_to_frames(maps, height, width)
+        last = len(self.convs) - 1
+        for index in range(last):
+            maps = self._normed(index, maps)
+            maps = convolve(self.convs[index], maps, temb=self._projected(index, temb), cache=cache)
+        maps, projected = self._normed(last, maps), self._projected(last, temb)
+        if entered is None and image_only is None and cache is None and self._ends_itself(hidden_states):
+
+            def end(alpha: Tensor) -> Tensor:
+                ended = self.convs[last](maps, temb=projected, residual=hidden_states, alpha=alpha)
+                return height_to_frames(ended, height, width)
+
+            return self.blend.ended_by(hidden_states, end, num_frames=num_frames)
+        update = height_to_frames(convolve(self.convs[last], maps, temb=projected, cache=cache), height, width)
         if entered is not None:
             update = update + entered
         return self.blend.residual(hidden_states, update, num_frames=num_frames, image_only=image_only)
+
+    def _normed(self, index: int, maps: Tensor) -> Tensor:
+        maps = self.norms[index](maps)
+        return maps if index == 0 else self.dropout(maps)
+
+    def _projected(self, index: int, temb: Tensor | None) -> Tensor | None:
+        """What the timestep embedding adds behind a convolution."""
+        return self.temb_proj(F.silu(temb)) if index == 0 and self.temb_proj is not None else None
+
+    def _ends_itself(self, hidden_states: Tensor) -> bool:
+        """Whether the last convolution may add its input: it is no wrapper, and returns the memory format at hand."""
+        return isinstance(self.convs[-1], FrameConv) and is_channels_last(hidden_states)
 
     def _check(self, hidden_states: Tensor, temb: Tensor | None, num_frames: int) -> None:
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.channels:

@@ -10,12 +10,34 @@ from temporal_layers.autocast import autocast_to
 from temporal_layers.blend import AlphaBlend
 from temporal_layers.config import TemporalTransformerConfig
 from temporal_layers.frames import check_divisible
+from temporal_layers.kernels.geglu import geglu
 from temporal_layers.kernels.group_norm import group_norm
 from temporal_layers.memory import over_positions, rows_within
+from temporal_layers.plain import has_plain_weight
 from temporal_layers.positions import SinusoidalMLPPosition, zero_
 from temporal_layers.streaming import FrameCache, check_streams
 
 __all__ = ["TemporalTransformerBlock"]
+
+
+class GatedLinear(nn.Linear):
+    """A projection to value and gate which can give their product, value times exact GELU of gate, at once.
+
+    An option of the call, so that hooks run; PEFT's wrapper, which knows nothing of it, gets the plain projection.
+    """
+
+    def forward(self, hidden_states: Float[Tensor, "*rows dim"], *, gated: bool = False) -> Float[Tensor, "*rows out"]:
+        if not gated:
+            return super().forward(hidden_states)
+        if has_plain_weight(self):
+            return geglu(hidden_states, self.weight, self.bias)
+        return gate(super().forward(hidden_states))
+
+
+def gate(projected: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows inner"]:
+    """Value times exact GELU of gate."""
+    value, gate = projected.chunk(2, dim=-1)
+    return value * F.gelu(gate)
 
 
 class GEGLUFeedForward(nn.Module):
@@ -23,14 +45,15 @@ class GEGLUFeedForward(nn.Module):
 
     def __init__(self, dim: int, *, zero_init: bool = False, **factory) -> None:
         super().__init__()
-        self.proj_in = nn.Linear(dim, 8 * dim, **factory)
+        self.proj_in = GatedLinear(dim, 8 * dim, **factory)
         self.proj_out = nn.Linear(4 * dim, dim, **factory)
         if zero_init:
             zero_(self.proj_out)
 
     def forward(self, hidden_states: Float[Tensor, "n positions dim"]) -> Float[Tensor, "n positions dim"]:
-        value, gate = self.proj_in(hidden_states).chunk(2, dim=-1)
-        return self.proj_out(value * F.gelu(gate))
+        if isinstance(self.proj_in, GatedLinear):
+            return self.proj_out(self.proj_in(hidden_states, gated=True))
+        return self.proj_out(gate(self.proj_in(hidden_states)))
 
 
 class InputGroupNorm(nn.GroupNorm):

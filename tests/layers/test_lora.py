@@ -25,6 +25,7 @@ CASES = {
     "conv": (resblock, ["convs.0", "convs.1", "temb_proj"]),
     "conv_causal": (lambda: resblock(causal=True), ["convs.0", "convs.1"]),
     "attention": (transformer, ["to_q", "to_k", "to_v", "to_out"]),
+    "attention_queries": (transformer, ["to_q"]),
     "feed_forward": (transformer, ["proj_in", "proj_out"]),
 }
 
