@@ -1,7 +1,8 @@
 """Eager reference of the gated projection: the specification and the CPU product.
 
 Two products of half the width beat one whose result is cut in two: each half is contiguous, so GELU and the product
-run over memory in order, and without autograd both happen in place.
+run over memory in order, and without autograd both happen in place. On a CPU the GELU of contiguous memory is oneDNN's,
+which is off by up to 1.2e-6 in fp32 where PyTorch's own is by 0.5e-6.
 """
 
 import torch
