@@ -6,7 +6,10 @@ any; at the others and in the cascaded models of the paper, of 64 channels each.
 
 from dataclasses import dataclass, replace
 
-OPERATORS = ("temporal_attention", "group_norm", "alpha_blend", "alpha_residual", "temporal_conv")
+OPERATORS = (
+    "temporal_attention", "group_norm", "alpha_blend", "alpha_residual", "temporal_conv", "temporal_conv_residual",
+    "geglu",
+)  # fmt: skip
 LAYERS = ("res_block", "transformer")
 OPS = OPERATORS + LAYERS
 
@@ -54,8 +57,8 @@ class Case:
         return self.batch * self.frames * self.positions * self.channels
 
     def suits(self, op: str) -> bool:
-        """Whether the operator exists at this place: no attention without heads."""
-        return self.heads > 0 or op not in ("temporal_attention", "transformer")
+        """Whether the operator exists at this place: no attention and no feed-forward without heads."""
+        return self.heads > 0 or op not in ("temporal_attention", "geglu", "transformer")
 
 
 def unet(name: str, frames: int, size: tuple[int, int], channels: int, heads: int, **options) -> Case:

@@ -55,6 +55,24 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, *, frames: int) -> Tensor:
     return over_frames(sum(taps) + bias[:, None, None], x.shape[2:])
 
 
+def conv_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor, frames: int) -> Tensor:
+    """The convolution that ends a residual block: with an embedding for each frame, if any, blended with its input."""
+    *temb, alpha = rest
+    return blend(residual, residual + conv_update(x, weight, bias, *temb, frames=frames), alpha)
+
+
+def conv_update(x: Tensor, weight: Tensor, bias: Tensor, temb: Tensor | None = None, *, frames: int) -> Tensor:
+    """The convolution with bias and embedding."""
+    y = conv(x, weight, bias, frames=frames)
+    return y if temb is None else y + temb[:, :, None, None]
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Values times the GELU of their gates, both from one projection."""
+    value, gate = (x @ weight.t() + bias).chunk(2, dim=-1)
+    return value * gate * (1 + torch.erf(gate * 0.5**0.5)) / 2
+
+
 def res_block(x: Tensor, temb: Tensor | None, p: dict[str, Tensor], *, frames: int) -> Tensor:
     """SVD's temporal residual block, blended with its input. Parameters by diffusers' names."""
     y = group_norm(x, p["norm1.weight"], p["norm1.bias"], frames=frames)

@@ -37,7 +37,7 @@ class Expected:
 
 def expect(workload: Workload, *, backward: bool) -> Expected:
     """Evaluates a workload's formula in float64 and in the precision of its dtype."""
-    shape = workload.inputs[0].shape
+    shape = workload.output_shape
     generator = torch.Generator(workload.inputs[0].device).manual_seed(5)
     upstream = torch.randn(shape, generator=generator, device=workload.inputs[0].device).to(workload.inputs[0].dtype)
     # A layer rounds between its operators; a single operator computes in fp32 and rounds once.

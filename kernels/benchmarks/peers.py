@@ -120,6 +120,38 @@ def conv(clips: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv3d(clips, weight.unsqueeze(-1), bias, padding=(1, 0, 0))
 
 
+def conv_residual(clips: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+    """A 3-D convolution, the timestep embedding if there is one, the skip connection and the blend."""
+    *temb, alpha = rest
+    y = conv(clips, weight, bias)
+    if temb:
+        y = y + temb[0].unflatten(0, (-1, clips.shape[2])).transpose(1, 2)[..., None, None]
+    return blend(residual, residual + y, alpha)
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The gated projection as diffusers writes it."""
+    value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def diffusers_geglu(channels: int) -> Callable[..., Tensor]:
+    """diffusers' GEGLU; its parameters are handed in from outside, so that they have gradients like everybody's.
+
+    Raises:
+        ImportError: diffusers is not installed.
+    """
+    from diffusers.models.activations import GEGLU
+
+    with torch.device("meta"):
+        module = GEGLU(channels, 4 * channels)
+
+    def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(module, {"proj.weight": weight, "proj.bias": bias}, (x,))
+
+    return project
+
+
 def res_block(maps: Tensor, temb: Tensor | None, p: dict[str, Tensor], *, frames: int) -> Tensor:
     """SVD's temporal residual block and its blend, on frames like diffusers' block."""
     clips = maps.unflatten(0, (-1, frames)).transpose(1, 2)

@@ -10,6 +10,7 @@ from torch import Tensor
 from temporal_layers.kernels.alpha_blend import alpha_blend, alpha_residual
 from temporal_layers.kernels.benchmarks import formulas, layers, peers
 from temporal_layers.kernels.benchmarks.cases import LAYERS, Case
+from temporal_layers.kernels.geglu import geglu
 from temporal_layers.kernels.group_norm import group_norm
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.kernels.temporal_conv import temporal_conv
@@ -65,6 +66,7 @@ class Workload:
         weights: Weights of a layer by name, which the oracle takes as ``p``; empty for an operator.
         terms: Terms whose sum is the last input's gradient, from the oracle's inputs and the upstream gradient, where
             that sum cancels; None elsewhere.
+        output: Shape of the output; None for that of the first input.
     """
 
     inputs: tuple[Tensor, ...]
@@ -74,6 +76,12 @@ class Workload:
     providers: tuple[Provider, ...]
     weights: dict[str, Tensor] = field(default_factory=dict)
     terms: Function | None = None
+    output: tuple[int, ...] | None = None
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the output, and of its gradient."""
+        return tuple(self.inputs[0].shape) if self.output is None else self.output
 
 
 def frames_layout() -> Layout:
@@ -203,6 +211,45 @@ def build_conv(case: Case, dtype: torch.dtype, device: str, normal: Function, ma
     return Workload(inputs, 1, partial(formulas.conv, frames=case.frames), costs, providers)
 
 
+def build_conv_residual(case: Case, dtype: torch.dtype, device: str, normal: Function, maps: Function) -> Workload:
+    def on_library(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor, impl: str) -> Tensor:
+        *temb, alpha = rest
+        options = {"residual": residual, "temb": temb[0] if temb else None, "alpha": alpha, "impl": impl}
+        return temporal_conv(x, weight, bias, num_frames=case.frames, **options)
+
+    def terms(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+        *temb, _, upstream = rest
+        return -upstream * formulas.conv_update(x, weight, bias, *temb, frames=case.frames)
+
+    clips, width = clips_layout(case), case.channels
+    providers = (
+        *ours(on_library),
+        Provider("eager", lambda: peers.conv_residual, clips),
+        Provider("eager, channels-last", lambda: peers.conv_residual, clips_layout(case, torch.channels_last_3d)),
+        compiled(peers.conv_residual, clips),
+    )
+    temb = [normal(case.batch * case.frames, width)] if case.temb_channels else []
+    inputs = (
+        maps(), maps(), normal(width, width, 3, 1) * (3 * width) ** -0.5, 0.1 * normal(width), *temb,
+        torch.tensor(0.7, device=device),
+    )  # fmt: skip
+    costs = in_units(case, dtype, (3, 6 * width), (3, 12 * width))
+    return Workload(inputs, 2, partial(formulas.conv_residual, frames=case.frames), costs, providers, terms=terms)
+
+
+def build_geglu(case: Case, dtype: torch.dtype, device: str, normal: Function, maps: Function) -> Workload:
+    width, rows = case.channels, (case.batch * case.frames, case.positions)
+    providers = (
+        *ours(geglu),
+        Provider("eager", lambda: peers.geglu),
+        Provider("diffusers", partial(peers.diffusers_geglu, width)),
+        Provider("torch.compile", lambda: torch.compile(peers.geglu, dynamic=False)),
+    )
+    inputs = (normal(*rows, width), normal(8 * width, width) * width**-0.5, 0.1 * normal(8 * width))
+    costs = in_units(case, dtype, (5, 16 * width), (6, 32 * width))
+    return Workload(inputs, 1, formulas.geglu, costs, providers, output=(*rows, 4 * width))
+
+
 class OnReferences(torch.nn.Module):
     """A layer that runs on the references alone."""
 
@@ -272,6 +319,8 @@ BUILDERS = {
     "alpha_blend": build_blend,
     "alpha_residual": partial(build_blend, is_update=True),
     "temporal_conv": build_conv,
+    "temporal_conv_residual": build_conv_residual,
+    "geglu": build_geglu,
     "res_block": build_res_block,
     "transformer": build_transformer,
 }

@@ -36,7 +36,8 @@ def test_peers_compute_the_formula(op, name):
     if "diffusers" in name:
         pytest.importorskip("diffusers")
     workload = build(op, CASE, torch.float64, "cpu")
-    expected = gate.evaluate(workload, torch.float64, torch.ones_like(workload.inputs[0]))
+    upstream = torch.ones(workload.output_shape, dtype=torch.float64)
+    expected = gate.evaluate(workload, torch.float64, upstream)
     [provider] = [provider for provider in workload.providers if provider.name == name]
     function, layout, count = provider.build(), provider.layout, workload.activations
 
@@ -44,9 +45,9 @@ def test_peers_compute_the_formula(op, name):
         to, back = (layout.to, layout.back) if layout else (nn.Identity(), nn.Identity())
         return back(function(*map(to, inputs[:count]), *inputs[count:]))
 
-    got = gate.outcome(on_frames, list(workload.inputs), torch.ones_like(workload.inputs[0]))
+    got = gate.outcome(on_frames, list(workload.inputs), upstream)
     tolerance = TIGHT
-    if name == "var_mean" or "diffusers" in name or op.startswith("alpha") or op == "res_block":
+    if name == "var_mean" or "diffusers" in name or op.startswith("alpha") or "res" in op:
         tolerance = {"rtol": 1e-5, "atol": 1e-5}  # they compute, or hold alpha, in fp32
     for actual, oracle in zip(got, expected, strict=True):
         torch.testing.assert_close(actual.double(), oracle, **tolerance)
@@ -175,6 +176,8 @@ def test_costs_are_those_of_the_formulas():
     assert attention.flops == 2 * (2 * 2 * 15 * 2 * 3 * 3 * 32)  # two products of (3, 32, 3) for each head and pixel
     conv = build("temporal_conv", CASE, torch.float32, "cpu").costs["forward"]
     assert conv.flops == 2 * 3 * 64 * elements
+    gated = build("geglu", CASE, torch.bfloat16, "cpu").costs["forward"]
+    assert gated.flops == 2 * 8 * 64 * elements and gated.bytes == (1 + 4) * elements * 2
 
 
 def test_cases_are_whole():
@@ -182,7 +185,8 @@ def test_cases_are_whole():
         assert case.channels % 32 == 0 and (not case.heads or case.channels % case.heads == 0)
     assert len({case.name for case in cases.GPU_CASES}) == len(cases.GPU_CASES)
     assert {case.frames for case in cases.GPU_CASES} == {8, 16, 32}
-    assert not cases.GPU_CASES[2].suits("transformer") and cases.GPU_CASES[2].suits("res_block")
+    assert not cases.GPU_CASES[2].suits("transformer") and not cases.GPU_CASES[2].suits("geglu")
+    assert cases.GPU_CASES[2].suits("res_block")
 
 
 def test_command_line_writes_what_it_measures(tmp_path, capsys):
