@@ -136,16 +136,8 @@ class VideoCascade:
             latents, rate = self._made_key_frames(run, prompt, image, num_key_frames, generator, key_frames), self.fps
             _finish(done, "key frames", latents, rate, keep, on_stage)
             if self._takes_part("interpolation", levels):
-                latents = run(
-                    "interpolation",
-                    self.interpolation,
-                    prompt=prompt,
-                    frames_latents=latents,
-                    levels=levels,
-                    generator=generator,
-                    output_type="latent",
-                    **(interpolation or {}),
-                )
+                words = {"frames_latents": latents, "levels": levels, "generator": generator, "output_type": "latent"}
+                latents = run("interpolation", self.interpolation, prompt=prompt, **{**words, **(interpolation or {})})
                 rate = rate * FACTOR**levels
                 _finish(done, "interpolation", latents, rate, keep, on_stage)
             with run.stage("decoding", self.key_frames):
