@@ -150,6 +150,20 @@ def resources(here, arguments):
 
 
 @command
+def docs(here, arguments):
+    """Builds the documentation into docs/_build, without network; warnings are errors."""
+    if arguments:
+        raise SetupError(f"docs takes no arguments, not: {' '.join(arguments)}")
+    environment = prepare(here)
+    failed = environment.run(str(ROOT / "docs" / "performance.py")) or environment.run(
+        "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "docs", "docs/_build", cwd=ROOT
+    )
+    if not failed:
+        say("Look at docs/_build/index.html")
+    return failed
+
+
+@command
 def lint(here, arguments):
     """Checks style and layout of the code. With --fix, mends what can be mended."""
     if arguments not in ([], ["--fix"]):
@@ -181,7 +195,8 @@ def clean(here, arguments):
     if Path(sys.prefix).resolve() == VENV:
         raise SetupError("clean would remove the Python that runs it: leave the environment (deactivate) and try again")
     remove(VENV)
-    targets = [LOCK, *(ROOT / name for name in ("build", "dist", ".pytest_cache", ".ruff_cache", ".hypothesis"))]
+    made = ("build", "dist", "docs/_build", ".pytest_cache", ".ruff_cache", ".hypothesis")
+    targets = [LOCK, *(ROOT / name for name in made)]
     for folder, children, _ in os.walk(ROOT):  # os.walk does not enter links
         children[:] = [child for child in children if child != ".git"]
         targets += [Path(folder, child) for child in children if child == "__pycache__" or child.endswith(".egg-info")]

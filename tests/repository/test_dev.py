@@ -286,11 +286,26 @@ def test_lint_checks_and_mends(dev):
     assert dev.main(["lint"]) == 7
 
 
+def test_docs_renew_a_page_and_build(dev, capsys):
+    dev.main(["setup"])
+    dev.calls.clear()
+    assert dev.main(["docs"]) == 0
+    (page, _), (build, options) = dev.calls
+    assert page[-1] == str(dev.ROOT / "docs" / "performance.py")
+    assert build[2:] == ["-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "docs", "docs/_build"]
+    assert options["cwd"] == dev.ROOT
+    assert "docs/_build/index.html" in capsys.readouterr().out
+    dev.failing = {"sphinx"}
+    assert dev.main(["docs"]) == 7
+    assert capsys.readouterr().out == ""
+
+
 def test_clean_removes_what_can_be_made_again(dev, tmp_path):
     dev.main(["setup"])
     outside = tmp_path / "outside"
     kept = [outside / "__pycache__", dev.ROOT / "runs" / "mine", dev.ROOT / "demo"]
-    gone = [dev.VENV, dev.LOCK, dev.ROOT / "build", dev.ROOT / "a" / "__pycache__", dev.ROOT / "x.egg-info"]
+    made = ("build", "docs/_build", "a/__pycache__", "x.egg-info")
+    gone = [dev.VENV, dev.LOCK, *(dev.ROOT / name for name in made)]
     for folder in [*kept, *gone[2:]]:
         folder.mkdir(parents=True)
     (dev.ROOT / "link").symlink_to(outside, target_is_directory=True)
@@ -310,9 +325,10 @@ def test_clean_does_not_saw_off_its_branch(dev, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        (["tset"], 2, "unknown command 'tset'; there are: bench, clean, demo, lint, resources, setup, test"),
+        (["tset"], 2, "unknown command 'tset'; there are: bench, clean, demo, docs, lint, resources, setup, test"),
         (["setup", "now"], 1, "setup takes no arguments, not: now"),
         (["resources", "sm_90"], 1, "resources takes no arguments, not: sm_90"),
+        (["docs", "html"], 1, "docs takes no arguments, not: html"),
         (["lint", "src"], 1, "lint takes --fix or nothing, not: src"),
         (["clean", "--here"], 1, "never touches an environment other than .venv"),
     ],
