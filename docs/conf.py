@@ -51,7 +51,7 @@ class InlineFigures(SphinxPostTransform):
         for image in list(self.document.findall(nodes.image)):
             if image["uri"].endswith(".svg"):
                 drawing = Path(self.app.srcdir, image["uri"]).read_text(encoding="utf-8")
-                image.replace_self(nodes.raw("", drawing, format="html"))
+                image.replace_self(nodes.raw("", f'<div class="drawing">{drawing}</div>', format="html"))
 
 
 class Commands(SphinxDirective):

@@ -1,8 +1,11 @@
 """The wheel holds the tree, by way of a source distribution as well, and works without the checkout."""
 
+import json
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -100,6 +103,100 @@ def test_wheel_works_without_the_checkout(wheel, tmp_path):
     places = [Path(line).resolve() for line in result.stdout.splitlines()]
     assert len(places) == 3
     assert all(place.is_relative_to(tmp_path.resolve()) for place in places), places
+
+
+# Stands in for a download: the quick start begins with a model of Stable Diffusion's kind.
+TINY = """
+import torch
+from diffusers import UNet2DConditionModel
+
+sizes = dict(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16)
+sizes |= dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4)
+sizes |= dict(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+UNet2DConditionModel.from_pretrained = lambda *names: UNet2DConditionModel(**sizes)
+noise_BCFHW, timestep, text = torch.randn(2, 4, 3, 8, 8), torch.tensor(7), torch.randn(2, 5, 16)
+"""
+
+
+class Stranger:
+    """A fresh environment with the wheel and its dependencies, outside the checkout and without a network."""
+
+    def __init__(self, wheel, folder):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+        scripts = "Scripts" if os.name == "nt" else "bin"
+        self.bin, self.folder = folder / "venv" / scripts, folder / "elsewhere"
+        self.folder.mkdir()
+        names = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
+        self.packages = Path(sysconfig.get_path("purelib", scheme="venv", vars=names))
+        pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet"]
+        subprocess.run([*pip, "--no-deps", "--no-index", wheel], check=True)
+        # The dependencies are those of the running environment. Its own .pth files, among them that of the editable
+        # installation of this checkout, are not read from there.
+        (self.packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+
+    def run(self, *command):
+        """What a command prints; it has to end well."""
+        hidden = {"PYTHONPATH", "VIRTUAL_ENV"}
+        variables = {name: value for name, value in os.environ.items() if name not in hidden}
+        program, *words = command
+        result = subprocess.run(
+            [self.bin / program, *words],
+            cwd=self.folder,
+            env={**variables, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def python(self, code):
+        """Runs code, and holds that all of the library came from the wheel."""
+        places = "[m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'temporal_layers' and m.__file__]"
+        (self.folder / "code.py").write_text(f"{code}\nimport json, sys\nprint(json.dumps({places}))\n", "utf-8")
+        found = json.loads(self.run("python", "-W", "error::DeprecationWarning", "code.py").splitlines()[-1])
+        assert found and all(Path(place).is_relative_to(self.packages) for place in found)
+
+
+@pytest.fixture(scope="module")
+def stranger(wheel, tmp_path_factory):
+    return Stranger(wheel, tmp_path_factory.mktemp("stranger"))
+
+
+def snippets(page):
+    """The Python of a page of this repository, in one piece."""
+    found = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert found
+    return "\n".join(found)
+
+
+@pytest.mark.slow
+def test_a_stranger_can_use_the_command_line(stranger):
+    assert stranger.run("temporal-layers", "--help").startswith("usage: temporal-layers COMMAND")
+    model = stranger.packages / "temporal_layers" / "recipes" / "weights" / "driving" / "unet"
+    (found,) = json.loads(stranger.run("temporal-layers", "inspect", model, "--json")).values()
+    assert found["sites"]
+    assert "day clear" in stranger.run("temporal-layers", "sample", "label", "list")
+    few = ["--num-frames", "4", "--steps", "2", "--out", "clip.mp4"]
+    assert stranger.run("temporal-layers", "sample", "label", "day clear", *few) == "clip.mp4\n"
+    stranger.python(
+        "from temporal_layers.recipes.data.video_io import read_video\n"
+        "assert read_video('clip.mp4').frames.shape == (3, 4, 64, 96)"
+    )
+
+
+@pytest.mark.slow
+def test_a_stranger_can_run_the_demo(stranger):
+    quick = "--num-clips 2 --num-frames 4 --spare-frames 0 --samples 2 --sampling-steps 2 --optim.steps 2"
+    text = stranger.run("temporal-layers", "demo", *quick.split(), "--optim.batch-size", "1")
+    assert "report.html" in text
+    made = {path.name for path in (stranger.folder / "demo").iterdir()}
+    assert {"adapter", "before.mp4", "after.mp4", "report.html"} <= made
+
+
+@pytest.mark.slow
+def test_a_stranger_can_run_what_the_pages_show(stranger):
+    stranger.python(TINY + snippets(ROOT / "README.md") + "\nassert video.shape == (2, 4, 3, 8, 8)")
+    stranger.python(snippets(ROOT / "docs" / "tutorial.md"))
 
 
 def test_version_is_the_same_everywhere(wheel):
