@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -38,8 +39,8 @@ COMMANDS = {
 }
 """Name to the module with its ``main`` and to what it is for; names of two words are grouped by their first."""
 
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-"""Exit codes beside 0, of every command; the last is what a shell makes of SIGINT."""
+FAILED, MISUSED, INTERRUPTED, UNREAD = 1, 2, 130, 141
+"""Exit codes beside 0, of every command; the last two are what a shell makes of SIGINT and SIGPIPE."""
 
 
 def usage() -> str:
@@ -81,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words behind the program's name; those of the process if None.
 
     Returns:
-        Exit code: 0; 1 if the job failed with a message; 2 for an unknown command; 130 after Ctrl-C.
+        Exit code: 0; 1 if the job failed with a message; 2 for an unknown command; 130 after Ctrl-C; 141 if nobody
+        reads the output any more.
 
     Raises:
         SystemExit: With code 2 after a message if the options are not those of the command, 0 after its help.
@@ -94,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:  # a traceback would bury what the job has said about going on
             print(f"\ntemporal-layers {name}: stopped", file=sys.stderr)
             return INTERRUPTED
+        except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still wants to write when it ends
+            return UNREAD
     asks = words[-1:] in ([], ["-h"], ["--help"])
     if asks and len(words) <= 1:
         print(usage())

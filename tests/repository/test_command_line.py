@@ -93,6 +93,23 @@ def test_ctrl_c_ends_with_one_line(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == "\ntemporal-layers demo: stopped\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of another kind")
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    (tmp_path / "endless.py").write_text("def main(words):\n    while True:\n        print('line')\n")
+    code = (
+        "from temporal_layers import recipes; from temporal_layers.recipes import cli; import sys\n"
+        f"recipes.__path__.append({str(tmp_path)!r}); cli.COMMANDS['demo'] = ('endless', '')\n"
+        "sys.exit(cli.main(['demo']))"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == cli.UNREAD == 141
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_of_a_command_has_examples(name):
     lines = help_text(description(name)).splitlines()
