@@ -135,10 +135,12 @@ def test(here, arguments):
 
 @command
 def bench(here, arguments):
-    """Measures operators and layers against their peers, on the GPU if there is one. See bench --help."""
+    """Measures operators and layers against their peers, on the GPU if there is one; bench --model: whole UNets."""
+    whole = arguments[:1] == ["--model"]
+    module, rest = ("recipes.model_bench", arguments[1:]) if whole else ("kernels.benchmarks", arguments)
     # One thread, as the CPU's figures are stated for; a GPU is driven by one anyway.
     environment = prepare(here)
-    return environment.run("-m", "temporal_layers.kernels.benchmarks", *arguments, OMP_NUM_THREADS="1")
+    return environment.run("-m", f"temporal_layers.{module}", *rest, OMP_NUM_THREADS="1")
 
 
 @command

@@ -96,6 +96,8 @@ def test_benchmarks_and_resources_run_what_they_name(dev):
     command, options = dev.calls[-1]
     assert command[2:] == ["-m", "temporal_layers.kernels.benchmarks", "--smoke"]
     assert options["env"]["OMP_NUM_THREADS"] == "1"
+    dev.main(["bench", "--model", "--device", "cpu"])
+    assert dev.calls[-1][0][2:] == ["-m", "temporal_layers.recipes.model_bench", "--device", "cpu"]
     dev.main(["resources"])
     assert dev.calls[-1][0][2:] == [str(dev.ROOT / "tests" / "aot" / "resources.py")]
 
