@@ -204,4 +204,4 @@ class PerFrame:
         # repeat_interleave would fix the clip length under torch.compile in torch 2.11. Not a view with a stride of 0,
         # which a single clip would give: linear layers round otherwise for it.
         repeated = value[:, None].expand(-1, self.num_frames, *value.shape[1:]).flatten(0, 1)
-        return repeated.contiguous()  # of a single clip it is a view, which linear layers take another way.contiguous()
+        return repeated.contiguous()
