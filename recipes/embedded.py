@@ -66,7 +66,8 @@ def load_shipped_decoder() -> tuple[AutoencoderKL, TemporalAdapter]:
 
     Returns:
         The autoencoder, whose ``decode`` takes latents of clips ``(clips, 4, frames, height, width)``, divided by its
-        ``scaling_factor``; and the layers. Inside of ``adapter.disabled()`` it decodes frame by frame.
+        ``scaling_factor``; and the layers. Inside of ``adapter.disabled()`` it decodes frame by frame, as key frames
+        and what was interpolated once need it: at their rates the layers do harm.
     """
     vae = load_shipped().vae
     return vae, TemporalAdapter.from_pretrained(vae, WEIGHTS / "driving_decoder")
