@@ -11,7 +11,7 @@ import torch
 
 from temporal_layers.kernels.checks import name_of
 
-Family = Literal["ampere", "hopper", "amd", "interpreted"]
+Family = Literal["ampere", "hopper", "blackwell", "amd", "interpreted"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -56,8 +56,10 @@ def family_of(target: str) -> Family:
         return "interpreted"
     if target.startswith("gfx"):
         return "amd"
-    # Consumer GPUs of the generation after Hopper (sm_120) have the matrix units and the memory of Ampere's.
-    return "hopper" if 90 <= int(target.removeprefix("sm_")) < 120 else "ampere"
+    number = int(target.removeprefix("sm_"))
+    if number < 90 or number >= 120:  # consumer GPUs of Blackwell's generation have Ampere's matrix units and memory
+        return "ampere"
+    return "hopper" if number < 100 else "blackwell"
 
 
 def refusal(dtype: torch.dtype) -> tuple[str, str] | None:

@@ -12,9 +12,11 @@ FASTER: frozenset[tuple[str, int]] = frozenset()
 # (family, 16 bit) -> tile. A program computes its columns twice, of the value and of the gate.
 TABLE: dict[tuple[Family, bool], Tile] = {
     ("hopper", True): Tile(128, 64, 64, warps=8, stages=3),
+    ("blackwell", True): Tile(128, 64, 64, warps=8, stages=3),
     ("ampere", True): Tile(128, 64, 64, warps=8, stages=3),
     ("amd", True): Tile(128, 64, 64, warps=8, stages=2),
     ("hopper", False): Tile(64, 32, 16, warps=4, stages=3),
+    ("blackwell", False): Tile(64, 32, 16, warps=4, stages=3),
     ("ampere", False): Tile(64, 32, 16, warps=4, stages=3),
     ("amd", False): Tile(64, 32, 16, warps=4, stages=2),
     ("interpreted", True): Tile(32, 16, 16, warps=1, stages=1),  # several tiles each way in a small test

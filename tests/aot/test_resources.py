@@ -3,6 +3,7 @@
 Run by ``python3 dev.py test --compile``; too slow for the default selection.
 """
 
+import dataclasses
 import importlib.util
 import sys
 from importlib.metadata import version
@@ -89,11 +90,20 @@ def test_a_kernel_over_its_budget_is_found(monkeypatch, change, text):
     monkeypatch.setitem(resources.BUDGETS, "k", resources.Budget(1, tensor_cores=True))
     good = {
         "case": "op-bf16", "target": "gfx942", "kernel": "k", "warps": 4, "registers": 64, "spills": 0,
-        "shared": 65_536, "loads": 10, "vector_loads": 9, "matrix_ops": 1,
+        "shared": 65_536, "loads": 10, "vector_loads": 9, "bulk_loads": 0, "matrix_ops": 1,
     }  # fmt: skip
     assert resources.Row(**good).violations() == []
     assert resources.Row(**good | change).violations() == [text]
     assert resources.Row(**good | {"matrix_ops": 0, "case": "op-fp32"}).violations() == []
+
+
+def test_a_kernel_with_descriptors_copies_by_them(monkeypatch):
+    monkeypatch.setitem(resources.BUDGETS, "k", resources.Budget(1, bulk=True))
+    row = resources.Row("op-bf16", "sm_90", "k", 4, 64, 0, 1024, 1, 0, 2, 1)
+    assert row.violations() == []
+    assert dataclasses.replace(row, bulk_loads=0).violations() == [
+        "k: no copy by a tensor descriptor", "k: 1 of 1 loads move fewer than 128 bits; meant: at most 1",
+    ]  # fmt: skip
 
 
 def test_a_budget_may_be_relaxed_for_some_cases():

@@ -18,12 +18,20 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.mark.parametrize(
     ("target", "family"),
     [
-        ("sm_80", "ampere"), ("sm_89", "ampere"), ("sm_90", "hopper"), ("sm_100", "hopper"), ("sm_120", "ampere"),
+        ("sm_80", "ampere"), ("sm_89", "ampere"), ("sm_90", "hopper"), ("sm_100", "blackwell"), ("sm_120", "ampere"),
         ("gfx942", "amd"), ("interpreted", "interpreted"),
     ],
 )  # fmt: skip
 def test_family(target, family):
     assert family_of(target) == family
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "interpreted"])
+def test_every_target_has_tiles(target, dtype):
+    for rows in (64, 65536):
+        assert conv_tiles.tile_for(target, 2, rows, 320, 320, dtype).rows >= 32
+        assert geglu_tiles.tile_for(target, rows, 1280, 320, dtype).rows >= 32
 
 
 def test_a_tile_is_no_larger_than_the_problem():
