@@ -66,6 +66,7 @@ class Workload:
         weights: Weights of a layer by name, which the oracle takes as ``p``; empty for an operator.
         terms: Terms whose sum is the last input's gradient, from the oracle's inputs and the upstream gradient, where
             that sum cancels; None elsewhere.
+        terms_rounded: Whether a provider may round a factor of these terms to the dtype of the activation.
         output: Shape of the output; None for that of the first input.
     """
 
@@ -76,6 +77,7 @@ class Workload:
     providers: tuple[Provider, ...]
     weights: dict[str, Tensor] = field(default_factory=dict)
     terms: Function | None = None
+    terms_rounded: bool = False
     output: tuple[int, ...] | None = None
 
     @property
@@ -234,7 +236,8 @@ def build_conv_residual(case: Case, dtype: torch.dtype, device: str, normal: Fun
         torch.tensor(0.7, device=device),
     )  # fmt: skip
     costs = in_units(case, dtype, (3, 6 * width), (3, 12 * width))
-    return Workload(inputs, 2, partial(formulas.conv_residual, frames=case.frames), costs, providers, terms=terms)
+    oracle = partial(formulas.conv_residual, frames=case.frames)
+    return Workload(inputs, 2, oracle, costs, providers, terms=terms, terms_rounded=True)
 
 
 def build_geglu(case: Case, dtype: torch.dtype, device: str, normal: Function, maps: Function) -> Workload:
