@@ -52,9 +52,11 @@ class VideoCascade:
     """A pipeline for each stage, which run one after the other.
 
     Args:
-        key_frames: Makes the key frames; with temporal layers in its autoencoder it decodes clips through these. A
-            `VideoPredictionPipeline` goes on beyond the frames of its training; `VideoLDMPipeline` works in one piece.
-        interpolation: Makes three frames between two, at one rate or two; None leaves the key frames as they are.
+        key_frames: Makes the key frames. A `VideoPredictionPipeline` goes on beyond the frames of its training;
+            `VideoLDMPipeline` works in one piece.
+        interpolation: Makes three frames between two, at one rate or two; None leaves the key frames as they are. Of
+            these two the last one decodes, through the temporal layers of its autoencoder if there are any: those are
+            for the rate that its frames have.
         upscaling: Makes frames larger; None leaves them as they are.
         fps: Key frames per second.
 
@@ -140,8 +142,9 @@ class VideoCascade:
                 latents = run("interpolation", self.interpolation, prompt=prompt, **{**words, **(interpolation or {})})
                 rate = rate * FACTOR**levels
                 _finish(done, "interpolation", latents, rate, keep, on_stage)
-            with run.stage("decoding", self.key_frames):
-                clips = self.key_frames.decode_clips(latents.to(self.device), decode_chunk_size=decode_chunk_size).cpu()
+            decoder = self.interpolation if self._takes_part("interpolation", levels) else self.key_frames
+            with run.stage("decoding", decoder):
+                clips = decoder.decode_clips(latents.to(self.device), decode_chunk_size=decode_chunk_size).cpu()
             del latents
             _finish(done, "decoding", clips, rate, keep, on_stage)
             if self.upscaling is not None:

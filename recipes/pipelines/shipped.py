@@ -26,16 +26,18 @@ def load_video_pipeline() -> VideoLDMPipeline:
 
 
 def load_prediction_pipeline() -> VideoPredictionPipeline:
-    """Key frames at 1.875 frames per second, of a label, and of first frames; the decoder has temporal layers."""
-    return VideoPredictionPipeline.from_image_pipeline(
-        load_shipped(),
-        adapter=embedded.WEIGHTS / "driving_prediction",
-        decoder=embedded.WEIGHTS / "driving_decoder",
-    )
+    """Key frames at 1.875 frames per second, of a label, and of first frames.
+
+    They are decoded one by one: the temporal layers of the shipped decoder know 30 frames per second.
+    """
+    return VideoPredictionPipeline.from_image_pipeline(load_shipped(), adapter=embedded.WEIGHTS / "driving_prediction")
 
 
 def load_interpolation_pipeline() -> VideoInterpolationPipeline:
-    """Three frames between two, from 1.875 frames per second to 7.5 and to 30."""
+    """Three frames between two, from 1.875 frames per second to 7.5 and to 30; the decoder has temporal layers for 30.
+
+    With ``levels=1`` decode inside of ``pipeline.decoder.disabled()``: at 7.5 frames per second these layers do harm.
+    """
     return VideoInterpolationPipeline.from_image_pipeline(
         load_shipped(),
         adapter=embedded.WEIGHTS / "driving_interpolation",

@@ -50,9 +50,9 @@ class CascadeSampleConfig(SampleConfig):
     key_frames: int = 8
     levels: int = 2
     steps: int = 25
-    interpolation_steps: int = 8
+    interpolation_steps: int = 4
     upscale: bool = True
-    upscale_steps: int = 5
+    upscale_steps: int = 3
     chunk: int | None = None
     keep: bool = False
 

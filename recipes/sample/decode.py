@@ -19,8 +19,8 @@ import tyro
 from torch import Tensor
 
 from temporal_layers.recipes.embedded import VIDEO_FPS
-from temporal_layers.recipes.pipelines.prediction import VideoPredictionPipeline
-from temporal_layers.recipes.pipelines.shipped import load_prediction_pipeline
+from temporal_layers.recipes.pipelines.interpolation import VideoInterpolationPipeline
+from temporal_layers.recipes.pipelines.shipped import load_interpolation_pipeline
 from temporal_layers.recipes.sample.inputs import read_latents
 from temporal_layers.recipes.sample.options import SampleConfig, load, run
 from temporal_layers.recipes.training.configs import parse
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     config = parse(DecodeSampleConfig, arguments, prog="temporal-layers sample decode", description=__doc__)
     latents, fps = read_latents(config.latents)
-    pipeline = load(VideoPredictionPipeline, config, load_prediction_pipeline)
+    pipeline = load(VideoInterpolationPipeline, config, load_interpolation_pipeline)
     left_out = config.frame_by_frame and "vae" in pipeline.adapters()
     clips = iter(latents.split(1))
 

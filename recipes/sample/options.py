@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from temporal_layers.recipes.bases import LabelBase, VideoBase, load_base
 from temporal_layers.recipes.pipelines.components import TemporalPipeline
+from temporal_layers.recipes.pipelines.context import ContextPipeline
 from temporal_layers.recipes.sample.writing import check_out, numbered, write_clip
 
 Pipeline = TypeVar("Pipeline", bound=TemporalPipeline)
@@ -116,9 +118,11 @@ def check_no_parts(config: SampleConfig) -> None:
 
 
 def is_saved(kind: type, model: str) -> bool:
-    """Whether a folder holds a pipeline of a class of this library."""
+    """Whether a folder holds what a class of this library saved; pipelines with the same components read each other."""
     index = Path(model) / "model_index.json"
-    return index.is_file() and f'"{kind.__name__}"' in index.read_text()
+    kinds = TemporalPipeline.__subclasses__() + ContextPipeline.__subclasses__()
+    names = [other.__name__ for other in kinds] if issubclass(kind, TemporalPipeline) else [kind.__name__]
+    return index.is_file() and json.loads(index.read_text()).get("_class_name") in names
 
 
 def image_model(base: VideoBase) -> Any:

@@ -44,7 +44,7 @@ class UpscaleSampleConfig(SampleConfig):
 
     clip: Annotated[Path, tyro.conf.Positional] = Path("clip.mp4")
     prompt: str = ""
-    steps: int = 8
+    steps: int = 4
     num_frames: int | None = None
     noise_level: int = 20
     window: int = 8

@@ -160,8 +160,8 @@ def make_base(planes, seed):
 @pytest.fixture(scope="session")
 def cascade_parts():
     keys, between = make_base(ContextPlanes(), 0), make_base(ContextPlanes(rate=True, max_noise_level=50), 0)
-    inject(keys.vae, TemporalConfig.for_decoder())
-    stir(keys.vae.decoder)
+    inject(between.vae, TemporalConfig.for_decoder())
+    stir(between.vae.decoder)
     upscaler = build_upscaler(UpscalerConfig(channels=(8, 16), norm_groups=4, head_dim=8, factor=2))
     inject(upscaler.unet)
     stir(upscaler.unet)

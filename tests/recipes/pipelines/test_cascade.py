@@ -32,7 +32,7 @@ def test_it_is_its_stages_one_after_the_other(parts):
     torch.testing.assert_close(found.stages["key frames"], latents)
     latents = between("night", frames_latents=latents, **options).frames
     torch.testing.assert_close(found.stages["interpolation"], latents)
-    clips = keys.decode_clips(latents)
+    clips = between.decode_clips(latents)
     torch.testing.assert_close(found.stages["decoding"], clips)
     large = upscaling(clips.transpose(1, 2), **{**options, "output_type": "pt"}).frames
     torch.testing.assert_close(found.frames, large)
@@ -46,12 +46,13 @@ def test_it_is_its_stages_one_after_the_other(parts):
     ]
 
 
-def test_clips_are_decoded_through_the_temporal_layers(parts):
-    """By those of the key frames' pipeline, whichever made the latents."""
+def test_clips_are_decoded_through_the_temporal_layers_for_their_rate(parts):
     found = run(VideoCascade(*parts[:2]), keep=("interpolation",))
-    with parts[0].decoder.disabled():
-        plain = parts[0].decode_clips(found.stages["interpolation"])
+    with parts[1].decoder.disabled():
+        plain = parts[1].decode_clips(found.stages["interpolation"])
     assert (plain.transpose(1, 2) - found.frames).abs().max() > 1e-3
+    keys = run(VideoCascade(*parts[:2]), levels=0, keep=("key frames",))
+    torch.testing.assert_close(keys.frames, parts[0].decode_clips(keys.stages["key frames"]).transpose(1, 2))
 
 
 @pytest.mark.parametrize(("levels", "frames", "fps"), [(0, 3, 2.0), (1, 9, 8.0), (2, 33, 32.0)])

@@ -119,13 +119,13 @@ def test_the_cascade_and_what_it_keeps(folder, tmp_path):
     names = {"key-frames.safetensors", "interpolation.safetensors", "decoding.mp4"}
     assert {path.name for path in stages.iterdir()} == names
     sample(
-        "decode", stages / "interpolation.safetensors", "--model", folder / "key_frames", "--out", tmp_path / "b.png"
+        "decode", stages / "interpolation.safetensors", "--model", folder / "interpolation", "--out", tmp_path / "b.png"
     )
     sample("cascade", "day", "--model", folder, "--out", tmp_path / "c.png", "--no-upscale", *words)
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "c.png").read_bytes()
     assert record(tmp_path / "b.png")["fps"] == 30 and not (tmp_path / "c.stages").exists()
     latents = stages / "interpolation.safetensors"
-    words = ["--model", folder / "key_frames", "--frame-by-frame", "--out", tmp_path / "d.png"]
+    words = ["--model", folder / "interpolation", "--frame-by-frame", "--out", tmp_path / "d.png"]
     sample("decode", latents, *words)
     assert (tmp_path / "d.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 
@@ -145,7 +145,6 @@ def test_a_subject_under_the_same_temporal_layers(folder, tmp_path):
     ldm_folder = tmp_path / "image"
     original.adapter.save_pretrained(tmp_path / "motion")
     original.adapter.remove()
-    original.decoder.remove()
     ldm.save_pretrained(ldm_folder)
     ldm.add_label("orange", like="day")
     save_personal(LabelBase(ldm), tmp_path / "run")
