@@ -301,13 +301,15 @@ def test_fused_reaches_beyond_two_to_the_31(form, device, monkeypatch):
     assert torch.equal(out[2, -tile:], expected[0, -tile:])
 
 
-def test_fused_is_an_operator_of_pytorch(form, device):
+def test_fused_is_an_operator_of_pytorch(device):
     from temporal_layers.kernels.temporal_conv.fused import temporal_conv as operator
 
-    [x, weight, bias, temb, residual, alpha], *_ = fused_case("all-bf16", device)
-    tensors = [x.float(), weight.float(), bias.float(), temb.float(), residual.float(), alpha.reshape(1)]
-    torch.library.opcheck(operator, (*(x.detach().requires_grad_() for x in tensors), 3, 1))
-    torch.library.opcheck(operator, (tensors[0], tensors[1].requires_grad_(), None, None, None, None, 3, 2))
+    extra = around(ALL, 2, 2, 3, (1, 2), FP32)
+    x, weight = random_map(4, 2, 1, 2).to(device), random_normal((3, 2, 3, 1), 1).to(device, FP32)
+    bias, temb, residual, alpha = (value.to(device) for value in extra.values())
+    tensors = [x, weight, bias, temb, residual, alpha.reshape(1)]
+    torch.library.opcheck(operator, (*(value.detach().requires_grad_() for value in tensors), 2, 1))
+    torch.library.opcheck(operator, (x, weight.requires_grad_(), None, None, None, None, 2, 2))
 
 
 def test_fused_in_programs(device):
