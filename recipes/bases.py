@@ -58,17 +58,15 @@ class VideoBase(Protocol):
     def no_conditioning(self, count: int) -> Conditioning:
         """Conditioning that says nothing, for guidance and dropping."""
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | dict[str, Any] | None
-    ) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Any) -> Tensor:
         """What the UNet says of noisy clips ``(b, c, f, h, w)`` or images ``(b, c, h, w)``; same shape.
 
         Args:
             noisy: Noisy latents.
             timesteps: ``()``, ``(b,)`` or ``(b, f)``.
             conditioning: One row a clip.
-            **temporal: What the UNet gets by name besides: ``image_only`` and others for its temporal layers,
-                ``cross_attention_kwargs`` for its gates.
+            **temporal: What the UNet gets by name besides: ``image_only`` and others for its temporal layers, features
+                of adapters.
         """
 
 
@@ -102,9 +100,7 @@ class LabelBase:
         """The null label."""
         return {"labels": torch.full((count,), self.ldm.conditioner.null_label)}
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | dict[str, Any] | None
-    ) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Any) -> Tensor:
         """Velocity; the label, or what is given as ``encoder_hidden_states``, enters through cross-attention."""
         context = conditioning.get("encoder_hidden_states")
         if context is None:
@@ -199,9 +195,7 @@ class PipelineBase:
         zeros = ("encoder_hidden_states", "text_embeds")
         return {name: torch.zeros_like(value) if name in zeros else value for name, value in nothing.items()}
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | dict[str, Any] | None
-    ) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Any) -> Tensor:
         """What the UNet predicts: noise, velocity, sample or flow, as the scheduler's configuration says."""
         if isinstance(self.unet, UNet2DModel):
             return self.unet(noisy, timesteps, **temporal).sample

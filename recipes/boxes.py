@@ -1,22 +1,22 @@
-"""Images with things where boxes say (Video LDM, section 4.1): gates in a frozen image model, and sampling with them.
+"""Images with things where boxes say (Video LDM, section 4.1): how a frozen image model is told, and sampling with it.
 
 The paper lets a user place cars, makes an image of that and lets the driving model start from it; how its boxes enter
-is not told. Here it is GLIGEN (Li et al. 2023) in diffusers' own layers: a position network makes a token of each box,
-and in every transformer block a gated self-attention, closed at the start, reads those tokens.
+is not told. Here they are drawn into a map that a T2I-Adapter reads (Mou et al. 2023, in diffusers' class), which adds
+to the features of the frozen UNet and begins with nothing. GLIGEN's UNets, which read a token of each box, are taken as
+they are published.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import T2IAdapter, UNet2DConditionModel
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from temporal_layers.recipes.bases import Conditioning, LabelBase, VideoBase, on_device
@@ -27,87 +27,98 @@ from temporal_layers.recipes.sampling.sampler import Sampler
 SHIPPED_BOXES = Path(__file__).parent / "weights" / "driving_boxes"
 
 BOXES = "boxes"
-"""Name of the boxes among the conditioning: ``(clips, max_boxes, 4)``, zeros where there is none."""
+"""Name of the boxes among the conditioning: ``(rows, max_boxes, 4)``, zeros where there is none."""
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def is_gated(unet: nn.Module) -> bool:
-    """Whether a UNet reads boxes."""
-    return isinstance(unet, UNet2DConditionModel) and unet.config.attention_type == "gated"
+Boxes = Float[Tensor, "boxes 4"]
+"""Of one image: left, top, right and bottom as shares of its width and height."""
 
 
-def gated(unet: nn.Module, *, seed: int = 0) -> UNet2DConditionModel:
-    """A copy of a UNet that reads boxes, with all gates closed: until they are trained it is the image model.
+class BoxReader(Protocol):
+    """How boxes reach a UNet."""
+
+    def __call__(self, boxes: Float[Tensor, "rows boxes 4"], size: tuple[int, int]) -> dict[str, Any]:
+        """Arguments of the UNet by name.
+
+        Args:
+            boxes: Of each image, or of each clip; zeros where there is none.
+            size: Height and width of the image in pixels.
+        """
+
+    def to(self, device: str) -> BoxReader:
+        """Move everything to a device, in place."""
+
+
+class BoxMap:
+    """Draws boxes into a map, from which a T2I-Adapter makes features that are added to those of the UNet.
 
     Args:
-        unet: Without temporal layers or LoRAs, which go on top of the copy.
-        seed: Of the new weights; the global generator is left as it was.
-
-    Raises:
-        ValueError: If the UNet reads boxes already, or has layers that diffusers' class does not build.
+        adapter: Reads one channel: the share of each pixel that lies in a box.
     """
-    if not isinstance(unet, UNet2DConditionModel) or unet.config.attention_type != "default":
-        kind = getattr(getattr(unet, "config", None), "attention_type", None)
-        raise ValueError(
-            f"gated: expected a UNet2DConditionModel with attention_type='default', got {type(unet).__name__} with "
-            f"attention_type={kind!r}; one that is 'gated' is used as it is"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        copied = UNet2DConditionModel.from_config(unet.config, attention_type="gated")
-    missing, unexpected = copied.load_state_dict(unet.state_dict(), strict=False)
-    strange = [*unexpected, *(name for name in missing if not _of_boxes(name))]
-    if strange:
-        raise ValueError(
-            f"gated: expected the layers of the image model alone, got others, such as {strange[0]!r}; make the gated "
-            "copy first, then inject temporal layers or add LoRAs"
-        )
-    if copied.dtype != unet.dtype:
-        copied.to(unet.dtype)
-    return copied.to(unet.device).train(unet.training)
+
+    def __init__(self, adapter: T2IAdapter) -> None:
+        self.adapter = adapter
+
+    def __call__(self, boxes: Float[Tensor, "rows boxes 4"], size: tuple[int, int]) -> dict[str, Any]:
+        """As in `BoxReader`."""
+        drawn = box_coverage(boxes.float(), *size).unsqueeze(1)
+        return {"down_intrablock_additional_residuals": list(self.adapter(drawn.to(boxes.dtype)))}
+
+    def to(self, device: str) -> BoxMap:
+        """As in `BoxReader`."""
+        self.adapter.to(device)
+        return self
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the adapter in half precision, as diffusers and `load_boxes` read it."""
+        copy.deepcopy(self.adapter).half().save_pretrained(folder)
 
 
-def box_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """What a gated UNet has more than the image model, by name."""
-    return {name: parameter for name, parameter in unet.named_parameters() if _of_boxes(name)}
+class BoxTokens:
+    """Hands boxes to a GLIGEN UNet (Li et al. 2023), whose gated self-attentions read a token of each.
 
+    Args:
+        embedding: Of what is in the boxes, by the text encoder.
+    """
 
-def _of_boxes(name: str) -> bool:
-    return name.startswith("position_net.") or ".fuser." in name
+    def __init__(self, embedding: Float[Tensor, " width"]) -> None:
+        self.embedding = embedding
+
+    def __call__(self, boxes: Float[Tensor, "rows boxes 4"], size: tuple[int, int]) -> dict[str, Any]:
+        """As in `BoxReader`."""
+        masks = (boxes[..., 2] > boxes[..., 0]).to(boxes.dtype)
+        embeddings = self.embedding.to(boxes).expand(*boxes.shape[:2], -1)
+        return {
+            "cross_attention_kwargs": {"gligen": {"boxes": boxes, "masks": masks, "positive_embeddings": embeddings}}
+        }
+
+    def to(self, device: str) -> BoxTokens:
+        """As in `BoxReader`."""
+        self.embedding = self.embedding.to(device)
+        return self
 
 
 class BoxBase:
     """An image model that is told where things are, beside what it is told already.
 
     Boxes are one more tensor of the conditioning, so all that drops, repeats and guides conditioning does so with
-    boxes: a box a clip, or one a frame, for clips as for images.
+    boxes. For clips there is a set of boxes a clip, or one a frame.
 
     Args:
-        base: An image model whose UNet is gated: one of `add_boxes`, or a GLIGEN pipeline for text and boxes.
-        phrase: What is in the boxes, for a pipeline; the label model knows one kind of thing.
-        max_boxes: Boxes an image at most, as in training: those that are not there count too. 30 in GLIGEN.
-
-    Raises:
-        ValueError: If the UNet reads no boxes, or the text encoder's embeddings do not fit it.
+        base: The image model, with temporal layers or without.
+        reader: How boxes reach its UNet.
+        max_boxes: Boxes of an image at most. A GLIGEN UNet has to get as many as in its training, which is 30.
     """
 
-    def __init__(self, base: VideoBase, *, phrase: str = "a car", max_boxes: int = 30) -> None:
-        if not is_gated(base.unet):
-            raise ValueError(
-                f"BoxBase: base: expected one whose UNet is gated, got a {type(base.unet).__name__} that is not; make "
-                "one with add_boxes(base)"
-            )
-        self.base, self.phrase, self.max_boxes = base, phrase, max_boxes
+    def __init__(self, base: VideoBase, reader: BoxReader, *, max_boxes: int = 8) -> None:
+        self.base, self.reader, self.max_boxes = base, reader, max_boxes
         self.unet, self.scheduler = base.unet, base.scheduler
         self.frame_size, self.latent_shape = base.frame_size, base.latent_shape
         self.encode, self.decode = base.encode, base.decode
-        self.embedding = _embedding(base, phrase)
 
     def to(self, device: str) -> BoxBase:
         """Move everything to a device, in place."""
         self.base.to(device)
-        self.embedding = self.embedding.to(device)
+        self.reader.to(device)
         return self
 
     def conditioning(self, labels: Sequence[int], captions: Sequence[str]) -> Conditioning:
@@ -118,12 +129,12 @@ class BoxBase:
         """Conditioning that says nothing, boxes included."""
         return self.with_boxes(self.base.no_conditioning(count), [torch.empty(0, 4)] * count)
 
-    def with_boxes(self, conditioning: Conditioning, boxes: Sequence[Float[Tensor, "_ 4"]]) -> Conditioning:
+    def with_boxes(self, conditioning: Conditioning, boxes: Sequence[Boxes]) -> Conditioning:
         """Conditioning with these boxes.
 
         Args:
             conditioning: One row an image or a clip.
-            boxes: Of each: left, top, right and bottom as shares of width and height.
+            boxes: Of each.
 
         Raises:
             ValueError: If there are too many boxes, or one has no area or is not in the frame.
@@ -134,43 +145,13 @@ class BoxBase:
             padded[row, : len(some)] = some
         return {**conditioning, BOXES: padded}
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Tensor | None
-    ) -> Tensor:
-        """As that of the image model, with the boxes for its gates."""
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **temporal: Any) -> Tensor:
+        """As that of the image model, which gets the boxes as well."""
         rest = dict(conditioning)
         boxes = rest.pop(BOXES).to(noisy.device, self.unet.dtype)
-        gligen = {
-            "boxes": boxes,
-            "masks": (boxes[..., 2] > boxes[..., 0]).to(boxes.dtype),
-            "positive_embeddings": self.embedding.to(boxes).expand(*boxes.shape[:2], -1),
-        }
-        return self.base.predict(noisy, timesteps, rest, cross_attention_kwargs={"gligen": gligen}, **temporal)
-
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write what the UNet has more than the image model, in half precision, and how many boxes it reads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().half().cpu().contiguous() for name, value in box_parameters(self.unet).items()}
-        save_file(weights, folder / WEIGHTS)
-        config = {"_class_name": "BoxBase", "max_boxes": self.max_boxes, "phrase": self.phrase}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _embedding(base: VideoBase, phrase: str) -> Float[Tensor, " width"]:
-    width = base.unet.position_net.positive_len
-    pipeline = getattr(base, "pipeline", None)
-    if pipeline is None:  # one kind of thing: there is nothing to tell
-        return torch.zeros(width, device=base.unet.device)
-    tokens = pipeline.tokenizer([phrase], padding=True, return_tensors="pt").to(base.unet.device)
-    with torch.no_grad():
-        pooled = pipeline.text_encoder(**tokens).pooler_output[0]
-    if len(pooled) != width:
-        raise ValueError(
-            "BoxBase: base: expected a text encoder whose pooled embeddings are as wide as the UNet's position network "
-            f"takes them, {width}, got {len(pooled)}; take Stable Diffusion 1.x or 2.x"
-        )
-    return pooled
+        factor = self.frame_size[0] // self.latent_shape[1]
+        told = self.reader(boxes, (noisy.shape[-2] * factor, noisy.shape[-1] * factor))
+        return self.base.predict(noisy, timesteps, rest, **told, **temporal)
 
 
 def _check_boxes(boxes: Tensor, max_boxes: int) -> None:
@@ -188,7 +169,7 @@ def box_coverage(boxes: Float[Tensor, "*n boxes 4"], height: int, width: int) ->
     """Share of each pixel that lies in the box that covers most of it.
 
     Args:
-        boxes: Left, top, right and bottom as shares of width and height; without area where there is none.
+        boxes: Without area where there is none.
         height: Of the image in pixels, or in latents.
         width: Likewise.
     """
@@ -202,62 +183,76 @@ def box_coverage(boxes: Float[Tensor, "*n boxes 4"], height: int, width: int) ->
     return (down[..., :, None] * across[..., None, :]).amax(-3)
 
 
-def add_boxes(base: VideoBase, *, phrase: str = "a car", max_boxes: int = 30, seed: int = 0) -> BoxBase:
-    """An image model that reads boxes, to be trained to; ``base`` stays as it is.
+def add_boxes(base: VideoBase, *, max_boxes: int = 8, seed: int = 0) -> BoxBase:
+    """An image model with an adapter that is to be trained to read boxes: until then it is the image model.
 
     Args:
-        base: The image model, without temporal layers.
-        phrase: As in `BoxBase`.
-        max_boxes: As in `BoxBase`.
-        seed: Of the new weights.
+        base: The image model, which stays as it is.
+        max_boxes: Of an image.
+        seed: Of the adapter's weights; the global generator is left as it was.
 
     Raises:
-        ValueError: As `gated` and `BoxBase`.
+        ValueError: If its UNet has a layout that diffusers' adapters do not fit.
     """
-    twin = copy.copy(base)
-    twin.unet = gated(base.unet, seed=seed)
-    if isinstance(base, LabelBase):
-        twin.ldm = dataclasses.replace(base.ldm, unet=twin.unet)
-    elif hasattr(base, "pipeline"):
-        twin.pipeline = copy.copy(base.pipeline)
-        twin.pipeline.unet = twin.unet
-    return BoxBase(twin, phrase=phrase, max_boxes=max_boxes)
+    layout = _layout(base)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapter = T2IAdapter(**layout)
+    with torch.no_grad():  # all that is left is the way from the first convolution, which is 0, through the skips
+        for module in adapter.modules():
+            if isinstance(module, nn.Conv2d):
+                module.bias.zero_()
+        adapter.adapter.conv_in.weight.zero_()
+    if base.unet.dtype != adapter.dtype:
+        adapter.to(base.unet.dtype)
+    adapter.to(base.unet.device).eval()
+    return BoxBase(base, BoxMap(adapter), max_boxes=max_boxes)
 
 
-def load_boxes(base: VideoBase, folder: Path | str) -> BoxBase:
-    """The image model with what `BoxBase.save_pretrained` wrote; ``base`` stays as it is.
-
-    Args:
-        base: The image model that was trained to read boxes.
-        folder: Of the weights.
-
-    Raises:
-        ValueError: If the folder does not hold such weights, or they are for another model.
-    """
-    folder = Path(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    if config.pop("_class_name", None) != "BoxBase":
+def _layout(base: VideoBase) -> dict[str, Any]:
+    """Arguments of the adapter whose features are as large as those of the UNet they are added to."""
+    unet, factor = base.unet, base.frame_size[0] // base.latent_shape[1]
+    if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(
-            f"load_boxes: expected a folder with a config.json of class BoxBase, got {folder}; write one with "
-            "BoxBase.save_pretrained"
+            "add_boxes: base: expected one with a UNet2DConditionModel, which takes features of adapters, got "
+            f"{type(unet).__name__}"
         )
-    loaded = add_boxes(base, **config)
-    own, weights = box_parameters(loaded.unet), load_file(folder / WEIGHTS)
-    wrong = sorted(
-        name
-        for name in own.keys() | weights.keys()
-        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    channels, attends = unet.config.block_out_channels, ["Attn" in name for name in unet.config.down_block_types]
+    options = {"in_channels": 1, "channels": list(channels), "num_res_blocks": 1}
+    if all(attends[:-1]) and not attends[-1]:  # Stable Diffusion 1 and 2
+        return {**options, "adapter_type": "full_adapter", "downscale_factor": factor}
+    if not attends[0] and all(attends[1:]) and len(channels) in (2, 3):  # the first is added behind its downsampler
+        return {**options, "adapter_type": "full_adapter_xl", "downscale_factor": 2 * factor}
+    raise ValueError(
+        "add_boxes: base: expected a UNet with attention in all down blocks but the last (Stable Diffusion 1 and 2), "
+        "or in all but the first, of 2 or 3 (XL), since diffusers' adapters fit those, got "
+        f"{unet.config.down_block_types}"
     )
-    if wrong:
+
+
+def load_boxes(base: VideoBase, folder: Path | str, *, max_boxes: int = 8) -> BoxBase:
+    """An image model with a trained adapter.
+
+    Args:
+        base: The image model that the adapter was trained on, which stays as it is.
+        folder: That `BoxMap.save_pretrained` wrote.
+        max_boxes: Of an image.
+
+    Raises:
+        ValueError: If the folder holds no adapter, or one for another model.
+    """
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    layout = _layout(base)
+    wrong = sorted(key for key, value in layout.items() if config.get(key) != value)
+    if config.get("_class_name") != "T2IAdapter" or wrong:
+        got = {key: config[key] for key in wrong if key in config} or config.get("_class_name", "none")
         raise ValueError(
-            f"load_boxes: expected weights for this {type(base.unet).__name__}, got others, such as {wrong[0]!r} in "
-            f"{folder}; take the image model that they were trained on"
+            f"load_boxes: expected the folder of a T2IAdapter with {layout}, got {got} in {folder}; take the image "
+            "model that it was trained on"
         )
-    with torch.no_grad():
-        for name, value in weights.items():
-            own[name].copy_(value)
-    return loaded
+    adapter = T2IAdapter.from_pretrained(folder, torch_dtype=base.unet.dtype).to(base.unet.device).eval()
+    return BoxBase(base, BoxMap(adapter), max_boxes=max_boxes)
 
 
 def load_shipped_boxes() -> BoxBase:
@@ -265,11 +260,40 @@ def load_shipped_boxes() -> BoxBase:
     return load_boxes(LabelBase(load_shipped()), SHIPPED_BOXES)
 
 
+def gligen_base(base: VideoBase, phrase: str) -> BoxBase:
+    """A GLIGEN pipeline for text and boxes as it is published.
+
+    Args:
+        base: ``PipelineBase(pipeline)``.
+        phrase: What is in the boxes.
+
+    Raises:
+        ValueError: If the UNet has no gates, or the text encoder's embeddings do not fit them.
+    """
+    pipeline, unet = getattr(base, "pipeline", None), base.unet
+    kind = getattr(unet.config, "attention_type", None)
+    if pipeline is None or kind != "gated":
+        raise ValueError(
+            "gligen_base: base: expected a pipeline whose UNet has attention_type='gated', got a "
+            f"{type(base).__name__} with {kind!r}; add_boxes makes one that reads boxes of any other"
+        )
+    tokens = pipeline.tokenizer([phrase], padding=True, return_tensors="pt").to(unet.device)
+    with torch.no_grad():
+        embedding = pipeline.text_encoder(**tokens).pooler_output[0]
+    width = unet.position_net.positive_len
+    if len(embedding) != width:
+        raise ValueError(
+            f"gligen_base: base: expected a text encoder with pooled embeddings of width {width}, as the UNet's "
+            f"position network takes them, got {len(embedding)}"
+        )
+    return BoxBase(base, BoxTokens(embedding), max_boxes=30)
+
+
 @torch.no_grad()
 def sample_boxes(
     base: BoxBase,
     conditioning: Conditioning,
-    boxes: Sequence[Float[Tensor, "_ 4"]],
+    boxes: Sequence[Boxes],
     *,
     generator: torch.Generator | None = None,
     noise: Float[Tensor, "images channels h w"] | None = None,
@@ -281,9 +305,9 @@ def sample_boxes(
     """Sample images with things where the boxes are: start frames for a video model.
 
     Args:
-        base: Of `load_shipped_boxes`, `load_boxes`, or around a GLIGEN pipeline.
+        base: Of `load_shipped_boxes`, `load_boxes` or `gligen_base`.
         conditioning: One row an image, of ``base.conditioning``.
-        boxes: Of each image: left, top, right and bottom as shares of width and height.
+        boxes: Of each image.
         generator: Source of the noise if none is given.
         noise: Standard normal starting point, if it is to be chosen.
         num_inference_steps: Denoising steps.
@@ -303,13 +327,12 @@ def sample_boxes(
     rows = {name: len(value) for name, value in {**told, "noise": noise}.items()}
     if set(rows.values()) != {len(boxes)}:
         raise ValueError(f"sample_boxes: expected a row of everything for {len(boxes)} images, got {rows}")
-    sampler = Sampler(base.scheduler, num_inference_steps)
+    sampler, device = Sampler(base.scheduler, num_inference_steps), base.unet.device
     nothing, parts = base.no_conditioning(len(boxes)), []
-    device = base.unet.device
     for first in range(0, len(boxes), batch_size):
         part = slice(first, first + batch_size)
         given, free = (
-            on_device({name: value[part] for name, value in rows.items()}, device) for rows in (told, nothing)
+            on_device({name: value[part] for name, value in some.items()}, device) for some in (told, nothing)
         )
         model = GuidedModel(
             base,
@@ -321,6 +344,5 @@ def sample_boxes(
             frame_by_frame=True,
         )
         start = noise[part].unsqueeze(2).to(device, base.unet.dtype)
-        latents = denoise(model, sampler, sampler.start(start))
-        parts.append(base.decode(latents.squeeze(2)).cpu())
+        parts.append(base.decode(denoise(model, sampler, sampler.start(start)).squeeze(2)).cpu())
     return torch.cat(parts)

@@ -11,8 +11,10 @@ from PIL import ImageDraw
 from torch import Tensor
 
 from temporal_layers.recipes.bases import Conditioning
-from temporal_layers.recipes.boxes import BOXES, BoxBase, box_coverage, sample_boxes
+from temporal_layers.recipes.boxes import BOXES, BoxBase, Boxes, sample_boxes
+from temporal_layers.recipes.stages.box_judge import BoxJudge, found
 from temporal_layers.recipes.stages.box_samples import BoxObjective, encoded, inside_error
+from temporal_layers.recipes.stages.image_objectives import as_float
 from temporal_layers.recipes.stages.personal_files import as_frame, to_image
 
 
@@ -21,7 +23,7 @@ def box_effect(
     base: BoxBase,
     frames: Tensor,
     conditioning: Conditioning,
-    boxes: Sequence[Float[Tensor, "_ 4"]],
+    boxes: Sequence[Boxes],
     *,
     timesteps: tuple[int, ...] = (400, 700, 950),
     seed: int = 0,
@@ -30,7 +32,7 @@ def box_effect(
     """What boxes are worth: the error in them with the boxes of an image, of another one and with none.
 
     Args:
-        base: The image model with trained gates.
+        base: The image model with a trained adapter.
         frames: Not trained on, each with a box at least.
         conditioning: One row an image.
         boxes: Of each image.
@@ -63,58 +65,45 @@ def box_effect(
 @torch.no_grad()
 def placement(
     base: BoxBase,
+    judge: BoxJudge,
+    frames: Tensor,
     conditioning: Conditioning,
-    boxes: Sequence[Float[Tensor, "_ 4"]],
+    boxes: Sequence[Boxes],
     *,
     seed: int = 0,
     **sampling: Any,
 ) -> tuple[dict[str, float], Float[Tensor, "2 images 3 height width"]]:
-    """Whether things appear where they were asked for: what boxes change in samples from the same noise.
-
-    Of each image the pixels that change most are taken, as many as its boxes have.
+    """Whether things appear where they were asked for, as a judge sees it.
 
     Args:
-        base: The image model with trained gates.
+        base: The image model with a trained adapter.
+        judge: Of `train_judge`, not trained on these images.
+        frames: Real images, uint8 or float in [0, 1].
         conditioning: One row an image.
         boxes: Of each image, one at least.
         seed: Of the noise.
         **sampling: Further arguments of `sample_boxes`.
 
     Returns:
-        Numbers: ``inside``, the mean share of those pixels that lie in the boxes; ``hits``, the share of images where
-        it is more than half; ``iou``, the mean intersection of those pixels with the boxes over their union;
-        ``chance``, what ``inside`` would be if any pixel changed as likely as any other. And the samples without boxes
-        and with them.
+        Intersection over union of the boxes with what the judge finds (see `found`): in the ``real`` images, which is
+        as good as it gets; in samples ``told`` of the boxes; in those with the boxes of another image (``swapped``),
+        and in samples ``untold``, from the same noise, which is what chance gets. And the samples, untold and told.
     """
     noise = torch.randn(len(boxes), *base.latent_shape, generator=torch.Generator().manual_seed(seed))
     nowhere = [torch.empty(0, 4)] * len(boxes)
-    pairs = [sample_boxes(base, conditioning, some, noise=noise, **sampling) for some in (nowhere, boxes)]
-    numbers = placed(*pairs, base.with_boxes({}, boxes)[BOXES])
-    return numbers, torch.stack(pairs)
-
-
-def placed(
-    without: Float[Tensor, "images 3 height width"],
-    told: Float[Tensor, "images 3 height width"],
-    boxes: Float[Tensor, "images boxes 4"],
-) -> dict[str, float]:
-    """The numbers of `placement`, of images that differ by what is in the boxes."""
-    change = (told - without).abs().mean(1).flatten(1)
-    wanted = box_coverage(boxes, *told.shape[-2:]).flatten(1) > 0.5
-    shares = []
-    for row, mask in zip(change, wanted, strict=True):
-        shares.append(mask[row.topk(int(mask.sum())).indices].float().mean())
-    share = torch.stack(shares)
-    return {
-        "inside": share.mean().item(),
-        "hits": (share > 0.5).float().mean().item(),
-        "iou": (share / (2 - share)).mean().item(),  # as both sets have as many pixels
-        "chance": wanted.float().mean().item(),
+    untold, told = (sample_boxes(base, conditioning, some, noise=noise, **sampling) for some in (nowhere, boxes))
+    wanted = base.with_boxes({}, boxes)[BOXES]
+    numbers = {
+        "real": found(judge, as_float(frames), wanted),
+        "told": found(judge, told, wanted),
+        "swapped": found(judge, told, wanted.roll(1, 0)),
+        "untold": found(judge, untold, wanted),
     }
+    return numbers, torch.stack([untold, told])
 
 
 def outlined(
-    frames: Float[Tensor, "images 3 height width"], boxes: Sequence[Float[Tensor, "_ 4"]]
+    frames: Float[Tensor, "images 3 height width"], boxes: Sequence[Boxes]
 ) -> Float[Tensor, "images 3 height width"]:
     """The frames with the outlines of boxes drawn in red."""
     images = []

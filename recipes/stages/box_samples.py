@@ -22,14 +22,15 @@ class BoxObjective(nn.Module):
     frozen model has settled already.
 
     Args:
-        base: The image model with its gates.
+        base: The image model with its adapter, the trained part.
         names: Names of the conditioning tensors, in the order in which ``forward`` gets them; boxes among them.
         box_weight: Weight of the mean error in the boxes of an image.
     """
 
     def __init__(self, base: BoxBase, names: Sequence[str], *, box_weight: float = 1.0) -> None:
         super().__init__()
-        self.unet = base.unet  # registered, so that its trainable parameters are found
+        self.adapter = getattr(base.reader, "adapter", None)  # registered, so that its parameters are found
+        self.unet = base.unet  # registered, so that it counts as memory
         self.base, self.names, self.box_weight = [base], tuple(names), box_weight
 
     def errors(

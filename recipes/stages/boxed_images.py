@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from temporal_layers.recipes.boxes import Boxes
 from temporal_layers.recipes.driving import DrivingConfig, DrivingCorpus, caption
 from temporal_layers.recipes.stages.stills import render_stills
 
@@ -60,7 +61,7 @@ class BoxedImages:
     frames: UInt8[Tensor, "images 3 height width"]
     labels: list[int]
     captions: list[str]
-    boxes: list[Float[Tensor, "_ 4"]]
+    boxes: list[Boxes]
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -124,7 +125,7 @@ def annotated_images(data: BoxDataConfig, size: tuple[int, int], max_boxes: int)
     )
 
 
-def cut_boxes(boxes: Sequence[Sequence[float]], size: tuple[int, int], target: tuple[int, int]) -> Float[Tensor, "_ 4"]:
+def cut_boxes(boxes: Sequence[Sequence[float]], size: tuple[int, int], target: tuple[int, int]) -> Boxes:
     """Boxes after an image has been brought to another size, with what sticks out cut off on both sides alike.
 
     Args:

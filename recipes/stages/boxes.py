@@ -1,7 +1,7 @@
 """Stage "boxes": teaches a frozen image model to put things where boxes say (Video LDM, section 4.1).
 
-The gates and the position network are trained, on single images with boxes; everything else stays bit for bit. Its
-images are start frames for the video model.
+An adapter that reads a map of the boxes is trained on single images; the image model stays bit for bit. What is
+sampled with it are start frames for the video model.
 
     temporal-layers train boxes --out runs/boxes
 """
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from temporal_layers.config import check_at_least
 from temporal_layers.recipes.bases import Conditioning, load_base
-from temporal_layers.recipes.boxes import BoxBase, add_boxes, box_parameters, is_gated, load_boxes
+from temporal_layers.recipes.boxes import BOXES, BoxBase, Boxes, BoxMap, add_boxes, load_boxes
+from temporal_layers.recipes.stages.box_judge import train_judge
 from temporal_layers.recipes.stages.box_measures import box_effect, outlined, placement
 from temporal_layers.recipes.stages.box_samples import BoxObjective, BoxSamples, encoded
 from temporal_layers.recipes.stages.boxed_images import BoxDataConfig, BoxedImages, annotated_images, driving_images
@@ -31,7 +31,7 @@ from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, R
 from temporal_layers.recipes.training.streams import SampleStream
 
 DEFAULT_OPTIM = OptimConfig(
-    steps=1200, batch_size=16, lr=2e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.99, checkpoint_every=200
+    steps=1500, batch_size=16, lr=2e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.99, checkpoint_every=250
 )
 
 
@@ -43,8 +43,7 @@ class BoxesConfig:
         out: Folder of the run; ``boxes/`` in it is what `load_boxes` loads.
         seed: Seed of the data, the initial weights and the batches.
         model: Folder or repository of the image model, see `load_base`; empty for the one that comes with the package.
-        start_from: Folder of gates and position network to go on from, in place of fresh ones.
-        phrase: What is in the boxes, for a pipeline with text.
+        start_from: Folder of an adapter to go on from, in place of a fresh one.
         max_boxes: Boxes of an image at most.
         data: Images with boxes.
         num_images: How many frames of the generated corpus to train on, if those are the data.
@@ -60,8 +59,7 @@ class BoxesConfig:
     seed: int = 0
     model: str = ""
     start_from: Path | None = None
-    phrase: str = "a car"
-    max_boxes: int = 4
+    max_boxes: int = 8
     data: BoxDataConfig = BoxDataConfig()
     num_images: int = 4096
     optim: OptimConfig = DEFAULT_OPTIM
@@ -69,7 +67,7 @@ class BoxesConfig:
     label_drop: float = 0.1
     box_drop: float = 0.1
     box_weight: float = 1.0
-    held_out: int = 48
+    held_out: int = 64
 
     def __post_init__(self) -> None:
         check_at_least("BoxesConfig.num_images", self.num_images, 1)
@@ -86,7 +84,7 @@ def train_boxes(
     base: BoxBase,
     frames: Tensor,
     conditioning: Conditioning,
-    boxes: Sequence[Float[Tensor, "_ 4"]],
+    boxes: Sequence[Boxes],
     config: OptimConfig = DEFAULT_OPTIM,
     *,
     label_drop: float = 0.1,
@@ -95,10 +93,10 @@ def train_boxes(
     seed: int = 0,
     **engine: Any,
 ) -> list[float]:
-    """Train the gates and the position network of ``base.unet`` alone; the image model stays bit for bit.
+    """Train the adapter of ``base`` alone; the image model stays bit for bit.
 
     Args:
-        base: Of `add_boxes`, or around a GLIGEN pipeline.
+        base: Of `add_boxes` or `load_boxes`.
         frames: (images, 3, height, width), uint8 or float in [0, 1].
         conditioning: One row an image, of ``base.conditioning``.
         boxes: Of each image, as shares of width and height.
@@ -115,6 +113,11 @@ def train_boxes(
     Raises:
         ValueError: If there are no images, or frames, rows and boxes are not as many, or a box is bad.
     """
+    if not isinstance(base.reader, BoxMap):
+        raise ValueError(
+            "train_boxes: base: expected one of add_boxes or load_boxes, whose adapter is trained, got one with "
+            f"{type(base.reader).__name__}"
+        )
     if not len(frames) == len(boxes) > 0:
         raise ValueError(
             f"train_boxes: expected boxes for each of at least one image, got {len(frames)} images and {len(boxes)} "
@@ -129,21 +132,20 @@ def train_boxes(
         box_drop=box_drop,
         seed=seed,
     )
+    adapter = base.reader.adapter.requires_grad_(True).train()
     before = [(parameter, parameter.requires_grad) for parameter in base.unet.parameters()]
-    base.unet.requires_grad_(False).train()
-    for parameter in box_parameters(base.unet).values():
-        parameter.requires_grad_(True)
+    base.unet.requires_grad_(False)
     objective = BoxObjective(base, list(samples.nothing), box_weight=box_weight)
     try:
         return fit(objective, SampleStream(samples), config, name="boxes", seed=seed, **engine)
     finally:
-        base.unet.eval()
+        adapter.requires_grad_(False).eval()
         for parameter, flag in before:
             parameter.requires_grad_(flag)
 
 
 def run_boxes_stage(config: BoxesConfig) -> BoxBase:
-    """Run the whole stage and write gates, losses and what came out to ``config.out``."""
+    """Run the whole stage and write adapter, losses and what came out to ``config.out``."""
     started = time.perf_counter()
     accelerator = make_accelerator(config.engine, config.out)
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
@@ -162,20 +164,19 @@ def run_boxes_stage(config: BoxesConfig) -> BoxBase:
         accelerator=accelerator,
         run=run,
         engine=config.engine,
-        on_checkpoint=lambda step: base.save_pretrained(config.out / f"boxes-{step}") if run else None,
+        on_checkpoint=lambda step: base.reader.save_pretrained(config.out / f"boxes-{step}") if run else None,
     )
     if run is not None:
-        base.save_pretrained(config.out / "boxes")
-        run.finish(history, started=started, **(_measured(base, held_out, config) if len(held_out) else {}))
+        base.reader.save_pretrained(config.out / "boxes")
+        run.finish(history, started=started, **(_measured(base, images, held_out, config) if len(held_out) else {}))
     return base
 
 
 def _base(config: BoxesConfig) -> BoxBase:
     image = load_base(config.model)
     if config.start_from is not None:
-        return load_boxes(image, config.start_from)
-    options = {"phrase": config.phrase, "max_boxes": config.max_boxes}
-    return BoxBase(image, **options) if is_gated(image.unet) else add_boxes(image, **options, seed=config.seed)
+        return load_boxes(image, config.start_from, max_boxes=config.max_boxes)
+    return add_boxes(image, max_boxes=config.max_boxes, seed=config.seed)
 
 
 def _images(config: BoxesConfig, base: BoxBase) -> tuple[BoxedImages, BoxedImages]:
@@ -197,15 +198,16 @@ def _images(config: BoxesConfig, base: BoxBase) -> tuple[BoxedImages, BoxedImage
     return images, others.chosen([row for row, boxes in enumerate(others.boxes) if len(boxes)])
 
 
-def _measured(base: BoxBase, held_out: BoxedImages, config: BoxesConfig) -> dict[str, Any]:
+def _measured(base: BoxBase, images: BoxedImages, held_out: BoxedImages, config: BoxesConfig) -> dict[str, Any]:
     """Numbers on held-out images, and a sheet of samples without boxes and with them."""
+    judge = train_judge(images.frames, base.with_boxes({}, images.boxes)[BOXES], seed=config.seed)
     conditioning = base.conditioning(held_out.labels, held_out.captions)
-    numbers, (without, told) = placement(base, conditioning, held_out.boxes, seed=config.seed)
+    given = (held_out.frames, conditioning, held_out.boxes)
+    numbers, (untold, told) = placement(base, judge, *given, seed=config.seed)
     shown = min(8, len(held_out))
-    sheet = [without[:shown], told[:shown], outlined(told[:shown], held_out.boxes[:shown])]
+    sheet = [untold[:shown], told[:shown], outlined(told[:shown], held_out.boxes[:shown])]
     save_grid(config.out / "samples.png", torch.cat(sheet), columns=shown)
-    effect = box_effect(base, held_out.frames, conditioning, held_out.boxes, seed=config.seed)
-    return {"error in boxes": effect, "placement": numbers}
+    return {"error in boxes": box_effect(base, *given, seed=config.seed), "placement": numbers}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

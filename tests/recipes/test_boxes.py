@@ -1,4 +1,4 @@
-"""Boxes in an image model: closed gates, files, diffusers' own GLIGEN pipeline, sampling, and what is refused."""
+"""Boxes told to an image model: nothing at the start, files, GLIGEN as diffusers does it, sampling, what is refused."""
 
 import dataclasses
 import json
@@ -7,24 +7,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from diffusers import T2IAdapter, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from temporal_layers.adapters import inject
 from temporal_layers.recipes.bases import LabelBase, PipelineBase
-from temporal_layers.recipes.boxes import (
-    BOXES,
-    WEIGHTS,
-    BoxBase,
-    add_boxes,
-    box_coverage,
-    box_parameters,
-    gated,
-    is_gated,
-    load_boxes,
-    sample_boxes,
-)
+from temporal_layers.recipes.boxes import BOXES, add_boxes, box_coverage, gligen_base, load_boxes, sample_boxes
 from temporal_layers.recipes.image_ldm import ImageLDMConfig, build_image_ldm, sample_images
 
 TINY = ImageLDMConfig(
@@ -35,15 +25,12 @@ TWO = torch.tensor([[0.1, 0.2, 0.5, 0.9], [0.6, 0.0, 1.0, 0.4]])
 NONE = torch.empty(0, 4)
 
 
-def opened(base, gate=0.7):
-    """With gates that are open and weights that make boxes matter."""
+def trained(base):
+    """With weights as after a training, so that boxes matter."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for name, parameter in box_parameters(base.unet).items():
-            if "alpha_" in name:
-                parameter.fill_(gate)
-            else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        for parameter in base.reader.adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return base
 
 
@@ -54,14 +41,18 @@ def image():
 
 @pytest.fixture
 def base(image):
-    return opened(add_boxes(image, max_boxes=3))
+    return trained(add_boxes(image, max_boxes=3))
 
 
 @pytest.fixture
 def gligen(stable_diffusion):
-    """A pipeline of diffusers whose UNet is gated, as published ones for text and boxes are."""
-    stable_diffusion.unet = gated(stable_diffusion.unet, seed=0)
-    opened(BoxBase(PipelineBase(stable_diffusion)))
+    """A pipeline whose UNet has gates, and open ones, as published GLIGEN pipelines have."""
+    unet = UNet2DConditionModel.from_config(stable_diffusion.unet.config, attention_type="gated").eval()
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "alpha_" in name:
+                parameter.fill_(0.7)
+    stable_diffusion.unet = unet
     return stable_diffusion
 
 
@@ -71,66 +62,94 @@ def predicted(base, conditioning, shape=(2, 4, 8, 12)):
         return base.predict(noisy, torch.tensor([300]), conditioning)
 
 
-# -- gates ------------------------------------------------------------------------------------------------------------
+# -- the adapter ------------------------------------------------------------------------------------------------------
 
 
-def test_with_closed_gates_it_is_the_image_model_bit_for_bit_and_each_part_learns(image):
+def test_at_the_start_it_is_the_image_model_bit_for_bit_and_every_part_learns(image):
     rows = image.conditioning([0, 1], ["", ""])
-    expected = predicted(image, rows)
-    boxes = add_boxes(image, max_boxes=3)
-    assert torch.equal(predicted(boxes, boxes.with_boxes(rows, [ONE, TWO])), expected)
-    noisy = torch.randn(2, 4, 8, 12)
-    told = boxes.with_boxes(rows, [ONE, TWO])
-    for _ in range(2):  # the gates move first, and let the others move
-        boxes.unet.zero_grad()
-        boxes.predict(noisy, torch.tensor([300]), told).square().mean().backward()
-        moved = {name for name, value in box_parameters(boxes.unet).items() if value.grad.abs().max() > 0}
-        assert any("alpha_attn" in name for name in moved)
-        with torch.no_grad():
-            for name, parameter in box_parameters(boxes.unet).items():
-                if "alpha_" in name:
-                    parameter -= 0.1 * parameter.grad.sign()
-    assert moved == set(box_parameters(boxes.unet))
-
-
-def test_the_image_model_that_is_given_stays_as_it_is(image):
-    before = {name: value.clone() for name, value in image.unet.state_dict().items()}
     with torch.random.fork_rng():
-        torch.manual_seed(3)
         state = torch.get_rng_state()
-        boxes = opened(add_boxes(image))
+        boxes = add_boxes(image, max_boxes=3)
         assert torch.equal(torch.get_rng_state(), state)
-    assert not is_gated(image.unet) and is_gated(boxes.unet)
-    after = image.unet.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert boxes.base.ldm.unet is boxes.unet is not image.ldm.unet
+    told = boxes.with_boxes(rows, [ONE, TWO])
+    assert torch.equal(predicted(boxes, told), predicted(image, rows))
+    adapter = boxes.reader.adapter
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1e-2)
+    for _ in range(2):
+        adapter.zero_grad()
+        boxes.predict(torch.randn(2, 4, 8, 12), torch.tensor([300]), told).square().mean().backward()
+        assert adapter.adapter.conv_in.weight.grad.abs().max() > 0
+        optimizer.step()
+    assert all(parameter.grad.abs().max() > 0 for parameter in adapter.parameters())
 
 
-def test_boxes_matter_and_their_order_does_not(base):
+def test_boxes_matter_where_they_are_and_their_order_does_not(base):
     rows = base.conditioning([0, 1], ["", ""])
     nothing, one, two = (predicted(base, base.with_boxes(rows, [some] * 2)) for some in (NONE, ONE, TWO))
-    turned = predicted(base, base.with_boxes(rows, [TWO.flip(0)] * 2))
     assert (one - nothing).abs().max() > 1e-3 and (two - one).abs().max() > 1e-3
-    torch.testing.assert_close(turned, two, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(predicted(base, rows), nothing, atol=0, rtol=0)
+    assert torch.equal(predicted(base, base.with_boxes(rows, [TWO.flip(0)] * 2)), two)
+    assert torch.equal(predicted(base, rows), nothing)
 
 
-def test_clips_take_boxes_of_a_clip_and_of_each_frame(base):
-    inject(base.unet)
+def test_each_image_gets_its_own_boxes(base):
+    rows = base.conditioning([0, 1], ["", ""])
+    both = predicted(base, base.with_boxes(rows, [ONE, TWO]))
+    turned = predicted(base, base.with_boxes(rows, [TWO, TWO]))
+    assert torch.equal(both[1], turned[1]) and not torch.allclose(both[0], turned[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_clips_take_boxes_of_a_clip_and_of_each_frame(image, when):
+    if when == "before":
+        inject(image.unet)
+    base = trained(add_boxes(image, max_boxes=3))
+    if when == "after":
+        inject(image.unet)
     noisy, timestep = torch.randn(2, 4, 3, 8, 12), torch.tensor([300])
     told = base.with_boxes(base.conditioning([0, 1], ["", ""]), [ONE, TWO])
     each = {name: value.repeat_interleave(3, 0) for name, value in told.items()}
     with torch.no_grad():
         clips = base.predict(noisy, timestep, told)
-        assert torch.equal(base.predict(noisy, timestep, {**each}), clips)
         frames = base.predict(noisy.transpose(1, 2).flatten(0, 1), timestep, each)
-    assert torch.equal(clips.transpose(1, 2).flatten(0, 1), frames)
+        assert torch.equal(clips.transpose(1, 2).flatten(0, 1), frames)
+        moving = {**told, BOXES: each[BOXES].roll(1, 0)}
+        turned = {**each, BOXES: moving[BOXES]}
+        frames = base.predict(noisy.transpose(1, 2).flatten(0, 1), timestep, turned)
+        assert torch.equal(base.predict(noisy, timestep, moving).transpose(1, 2).flatten(0, 1), frames)
 
 
-# -- diffusers' pipelines ---------------------------------------------------------------------------------------------
+def test_other_sizes_than_that_of_the_training_work(base):
+    rows = base.with_boxes(base.conditioning([0, 1], ["", ""]), [ONE, TWO])
+    assert predicted(base, rows, (2, 4, 12, 16)).shape == (2, 4, 12, 16)
 
 
-def test_a_pipeline_gets_the_boxes_that_diffusers_gligen_pipeline_gives_it(gligen):
+@pytest.mark.parametrize("pipeline", ["stable_diffusion", "stable_diffusion_xl"])
+def test_pipelines_read_boxes(request, pipeline):
+    base = trained(add_boxes(PipelineBase(request.getfixturevalue(pipeline))))
+    rows = base.conditioning([0, 0], ["a day", "a night"])
+    one, none = (predicted(base, base.with_boxes(rows, [some] * 2), (2, 4, 16, 16)) for some in (ONE, NONE))
+    assert (one - none).abs().max() > 1e-3
+    made = sample_boxes(base, rows, [ONE, NONE], num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert made.shape == (2, 3, *base.frame_size) and made.min() >= 0 and made.max() <= 1
+
+
+def test_the_layout_of_stable_diffusion_1_reads_boxes(stable_diffusion):
+    stable_diffusion.unet = UNet2DConditionModel.from_config(
+        stable_diffusion.unet.config,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+    base = trained(add_boxes(PipelineBase(stable_diffusion)))
+    rows = base.conditioning([0], ["a day"])
+    one, none = (predicted(base, base.with_boxes(rows, [some]), (1, 4, 16, 16)) for some in (ONE, NONE))
+    assert (one - none).abs().max() > 1e-3
+
+
+# -- GLIGEN -----------------------------------------------------------------------------------------------------------
+
+
+def test_gligen_gets_the_boxes_that_diffusers_pipeline_gives_it(gligen):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated there, but the one that published weights are for
         from diffusers import StableDiffusionGLIGENPipeline
@@ -142,12 +161,10 @@ def test_a_pipeline_gets_the_boxes_that_diffusers_gligen_pipeline_gives_it(glige
         lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
     theirs.set_progress_bar_config(disable=True)
-    phrases, boxes = ["a road", "a road"], TWO.tolist()
-    options = {"gligen_phrases": phrases, "gligen_boxes": boxes, "gligen_scheduled_sampling_beta": 1.0}
+    options = {"gligen_phrases": ["a road"] * 2, "gligen_boxes": TWO.tolist(), "gligen_scheduled_sampling_beta": 1.0}
     theirs("a day", num_inference_steps=1, output_type="latent", height=32, width=32, **options)
-    base = BoxBase(PipelineBase(gligen), phrase="a road")
-    told = base.with_boxes(base.conditioning([0], ["a day"]), [TWO])
-    base.predict(torch.randn(1, 4, 16, 16), torch.tensor(5), told)
+    base = gligen_base(PipelineBase(gligen), "a road")
+    predicted(base, base.with_boxes(base.conditioning([0], ["a day"]), [TWO]), (1, 4, 16, 16))
     handle.remove()
     expected, own = seen[0], seen[-1]
     assert expected["boxes"].shape == (2, 30, 4)  # without and with, for guidance
@@ -157,58 +174,61 @@ def test_a_pipeline_gets_the_boxes_that_diffusers_gligen_pipeline_gives_it(glige
         torch.testing.assert_close(own["positive_embeddings"][0, number], expected["positive_embeddings"][1, number])
 
 
-def test_sampling_works_for_a_pipeline(gligen):
-    base = BoxBase(PipelineBase(gligen), phrase="a road")
+def test_gligen_samples_and_takes_clips(gligen):
+    base = gligen_base(PipelineBase(gligen), "a road")
     rows = base.conditioning([0, 0], ["a day", "a night"])
     made = sample_boxes(base, rows, [ONE, NONE], num_inference_steps=2, generator=torch.Generator().manual_seed(0))
-    assert made.shape == (2, 3, *base.frame_size) and made.min() >= 0 and made.max() <= 1
+    assert made.shape == (2, 3, *base.frame_size)
+    inject(gligen.unet)
+    assert predicted(base, base.with_boxes(rows, [ONE, NONE]), (2, 4, 3, 16, 16)).shape == (2, 4, 3, 16, 16)
 
 
-def test_a_pipeline_gets_gates_and_the_given_one_stays(stable_diffusion):
-    image = PipelineBase(stable_diffusion)
-    base = add_boxes(image)
-    assert is_gated(base.base.pipeline.unet) and not is_gated(stable_diffusion.unet)
-    assert base.embedding.shape == (16,) and base.embedding.abs().max() > 0
-
-
-def test_a_pipeline_of_another_width_is_refused(stable_diffusion_xl):
-    with pytest.raises(ValueError, match=r"embeddings are as wide .* takes them, 32, got 16; take Stable Diffusion"):
-        add_boxes(PipelineBase(stable_diffusion_xl))
+def test_other_models_are_no_gligen(image, stable_diffusion, gligen):
+    for base, kind in ((image, "LabelBase"), (PipelineBase(stable_diffusion), "PipelineBase")):
+        if kind == "PipelineBase":
+            base.unet = UNet2DConditionModel.from_config(gligen.unet.config, attention_type="default")
+        with pytest.raises(ValueError, match=rf"gligen_base: .* attention_type='gated', got a {kind} with 'default'"):
+            gligen_base(base, "a car")
+    base = PipelineBase(gligen)
+    base.unet.position_net.positive_len = 32
+    with pytest.raises(ValueError, match=r"gligen_base: .* pooled embeddings of width 32, .* got 16"):
+        gligen_base(base, "a car")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_loaded_and_nothing_else_is_saved(base, image, tmp_path):
-    base.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / WEIGHTS)
-    assert weights.keys() == box_parameters(base.unet).keys()
-    assert {value.dtype for value in weights.values()} == {torch.float16}
-    loaded = load_boxes(image, tmp_path)
-    assert loaded.max_boxes == 3 and loaded.phrase == "a car"
-    for name, value in box_parameters(loaded.unet).items():
-        torch.testing.assert_close(value, base.unet.get_parameter(name).half().float(), atol=0, rtol=0)
-    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "BoxBase"
+def test_what_is_saved_is_loaded_here_and_by_diffusers(base, image, tmp_path):
+    base.reader.save_pretrained(tmp_path)
+    loaded = load_boxes(image, tmp_path, max_boxes=3)
+    assert {value.dtype for value in load_file(tmp_path / "diffusion_pytorch_model.safetensors").values()} == {
+        torch.half
+    }
+    for name, value in T2IAdapter.from_pretrained(tmp_path, torch_dtype=torch.half).state_dict().items():
+        own = base.reader.adapter.get_parameter(name).half()
+        assert torch.equal(value, own)
+        torch.testing.assert_close(loaded.reader.adapter.get_parameter(name), own.float(), atol=0, rtol=0)
+    rows = base.with_boxes(base.conditioning([0, 1], ["", ""]), [ONE, TWO])
+    torch.testing.assert_close(predicted(loaded, rows), predicted(base, rows), atol=1e-2, rtol=0)
 
 
 def test_folders_of_something_else_are_refused(base, image, tmp_path):
-    with pytest.raises(ValueError, match=r"load_boxes: expected a folder with a config\.json of class BoxBase, got"):
+    with pytest.raises(ValueError, match=r"load_boxes: expected the folder of a T2IAdapter with .*, got none in"):
         load_boxes(image, tmp_path)
-    base.save_pretrained(tmp_path)
+    base.reader.save_pretrained(tmp_path)
     other = LabelBase(build_image_ldm(dataclasses.replace(TINY, unet_channels=(16, 32)), ("day",)))
-    with pytest.raises(ValueError, match=r"load_boxes: expected weights for this UNet.*, got .* 'down_blocks"):
+    with pytest.raises(ValueError, match=r"got \{'channels': \[16, 16\]\} in .*; take the image model that it was"):
         load_boxes(other, tmp_path)
-    weights = load_file(tmp_path / WEIGHTS)
-    weights.pop("position_net.null_position_feature")
-    save_file(weights, tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match=r"such as 'position_net\.null_position_feature' in"):
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "ControlNetModel"}))
+    with pytest.raises(ValueError, match=r"load_boxes: .* got ControlNetModel in"):
         load_boxes(image, tmp_path)
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def test_without_boxes_behind_closed_gates_samples_are_those_of_the_image_model(image):
+def test_at_the_start_samples_are_those_of_the_image_model(image):
     base = add_boxes(image)
     noise, labels = torch.randn(2, 4, 8, 12), torch.tensor([0, 1])
     expected = sample_images(image.ldm, labels, noise=noise, num_inference_steps=3, guidance_scale=2.0)
@@ -273,16 +293,12 @@ def test_boxes_that_are_not_there_cover_nothing():
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_bad_models_are_refused(image, base, unconditional):
-    with pytest.raises(ValueError, match=r"BoxBase: base: expected one whose UNet is gated, got a UNet2D"):
-        BoxBase(image)
-    with pytest.raises(ValueError, match=r"gated: expected .* got UNet2DConditionModel with attention_type='gated'"):
-        gated(base.unet)
-    with pytest.raises(ValueError, match=r"gated: expected .* got UNet2DModel with attention_type=None"):
-        gated(unconditional.unet)
-    inject(image.unet)
-    with pytest.raises(ValueError, match=r"gated: expected the layers of the image model alone, .* make the"):
-        gated(image.unet)
+def test_bad_models_are_refused(image, unconditional):
+    with pytest.raises(ValueError, match=r"add_boxes: base: expected one with a UNet2DConditionModel, .* UNet2DModel"):
+        add_boxes(PipelineBase(unconditional))
+    four = dataclasses.replace(TINY, unet_channels=(16, 16, 16, 16))
+    with pytest.raises(ValueError, match=r"add_boxes: base: expected a UNet with attention in all down blocks but the"):
+        add_boxes(LabelBase(build_image_ldm(four, ("day",))))
 
 
 @pytest.mark.parametrize(
