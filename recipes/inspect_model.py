@@ -20,6 +20,8 @@ import diffusers
 import torch
 import tyro
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
+from rich.console import Console
+from rich.tree import Tree
 from torch import nn
 
 from temporal_layers import TemporalResBlockConfig, TemporalTransformerConfig
@@ -157,8 +159,33 @@ def describe(adapter: TemporalAdapter) -> dict[str, Any]:
     }
 
 
+def tree(name: str, adapter: TemporalAdapter) -> Tree:
+    """The model as a tree: the modules on the way to its sites, with the temporal layer at each.
+
+    Args:
+        name: Of the model.
+        adapter: Its temporal layers.
+    """
+    root = Tree(f"{name}: {type(adapter.model).__name__}")
+    branches = {"": root}
+    for site, layer in adapter.layers.items():
+        parts, above = site.split("."), ""
+        for depth in range(1, len(parts) + 1):
+            path = ".".join(parts[:depth])
+            module = adapter.model.get_submodule(path)
+            if isinstance(module, nn.ModuleList):  # a part of the name of what is in it
+                continue
+            if path not in branches:
+                name = path.removeprefix(f"{above}.") if above else path
+                branches[path] = branches[above].add(f"{name} [dim]{type(module).__name__}[/]")
+            above = path
+        parameters = sum(parameter.numel() for parameter in layer.parameters())
+        branches[site].add(f"[bold]+ {type(layer).__name__}[/] {parameters:,}")
+    return root
+
+
 def _show(name: str, adapter: TemporalAdapter) -> None:
-    print(f"{name}:")
+    Console().print(tree(name, adapter))
     adapter.summary()
     for what, sizes in memory(adapter).items():
         print(f"{what}: " + ", ".join(f"{size / 1e9:.2f} GB with {dtype} weights" for dtype, size in sizes.items()))

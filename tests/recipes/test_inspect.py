@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
+from rich.console import Console
 
 from temporal_layers.adapters import TemporalConfig, inject
 from temporal_layers.recipes import cli
+from temporal_layers.recipes.inspect_model import tree
 
 SD15 = {
     "_class_name": "UNet2DConditionModel",
@@ -32,6 +35,24 @@ def test_the_counts_of_stable_diffusion_need_no_weights(tmp_path, capsys):
     # 649,687,078 parameters of 4 and 2 bytes; training adds 16 bytes for each of them to the frozen 859,520,964.
     assert "temporal weights: 2.60 GB with float32 weights, 1.30 GB with bfloat16 weights" in out
     assert "training, beside activations: 13.83 GB with float32 weights, 12.11 GB with bfloat16 weights" in out
+
+
+def test_the_tree_has_every_layer_under_its_site(capsys):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=12, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+    )  # fmt: skip
+    adapter = inject(unet)
+    Console(width=120).print(tree("unet", adapter))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "unet: UNet2DConditionModel" and "ModuleList" not in "".join(lines)
+    assert sum("+ Temporal" in line for line in lines) == len(adapter.sites)
+    first = next(index for index, line in enumerate(lines) if line.endswith("attentions.0 Transformer2DModel"))
+    assert lines[first + 1].endswith("transformer_blocks.0 BasicTransformerBlock")
+    layer = adapter.layers["down_blocks.0.attentions.0.transformer_blocks.0"]
+    assert lines[first + 2].endswith(f"+ TemporalTransformerBlock {sum(p.numel() for p in layer.parameters()):,}")
 
 
 def test_json_is_what_an_injection_does(tmp_path, capsys, stable_diffusion):
