@@ -32,6 +32,7 @@ from temporal_layers.recipes.evaluation.processes import rank_and_size
 from temporal_layers.recipes.evaluation.results import Evaluation
 from temporal_layers.recipes.stages.clips import DRIVING_FPS
 from temporal_layers.recipes.stages.image import HELD_OUT
+from temporal_layers.recipes.training.configs import from_words
 
 PresetName = Literal[tuple(PRESETS)]  # type: ignore[valid-type]
 
@@ -85,20 +86,17 @@ def chosen_preset(config: EvaluateConfig) -> tuple[Preset, tuple[str, ...]]:
     changes: dict[str, Any] = {
         name: value for name, value in asked.items() if value not in (None, getattr(preset, name))
     }
-    measures = []
-    for measure in preset.measures:
-        network = measure.network
-        if network is not None and network.kind != "driving":
-            if not (config.network or network.path):
-                raise ValueError(
-                    f"evaluate: {config.preset}: expected --network with a {network.kind} file of {network.name}, got "
-                    "none; docs/evaluation.md says what it has to be, and the preset 'driving' needs none"
-                )
-            measure = replace(measure, network=replace(network, path=config.network or network.path))
-        measures.append(measure)
-    takes = any(measure.kind == "lpips" or measure.network != old.network for measure, old in
-                zip(measures, preset.measures, strict=True))  # fmt: skip
-    if config.network and not takes:
+    measures = list(preset.measures)
+    takes = [index for index, one in enumerate(measures) if one.network is not None and one.network.kind != "driving"]
+    for index in takes:
+        network = replace(measures[index].network, path=config.network or measures[index].network.path)
+        if not network.path:
+            raise ValueError(
+                f"evaluate: {config.preset}: expected --network with a {network.kind} file of {network.name}, got "
+                "none; docs/evaluation.md says what it has to be, and the preset 'driving' needs none"
+            )
+        measures[index] = replace(measures[index], network=network)
+    if config.network and not takes and not any(measure.kind == "lpips" for measure in measures):
         raise ValueError(f"evaluate: network: expected none with the preset {config.preset!r}, got {config.network!r}")
     return replace(preset, measures=tuple(measures), **changes), tuple(changes)
 
@@ -135,7 +133,7 @@ def show(found: Evaluation, title: str, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 1 if something could not be measured, with the reason."""
     about = "\n".join([__doc__ or "", "Presets:", *(f"  {name}: {one.about}" for name, one in PRESETS.items())])
-    config = tyro.cli(EvaluateConfig, description=about, prog="temporal-layers evaluate", args=arguments)
+    config = from_words(EvaluateConfig, arguments, prog="temporal-layers evaluate", description=about)
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if started:
         dist.init_process_group("gloo")

@@ -1,8 +1,8 @@
 """Stage "features": trains the small video network behind the offline metrics on the generated driving corpus.
 
 It learns to tell label (time of day and weather), order of the frames (forward, backward, shuffled, still), speed,
-curvature of the road and distance of the car ahead. The first needs appearance, the others motion. It never sees
-noise, blur or a generated frame.
+curvature of the road, distance of the car ahead, and how much noise or blur was added. So features have to hold
+appearance, motion and quality. It never sees the output of a model.
 
     temporal-layers train features --out runs/features
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from temporal_layers.recipes.driving import LABELS, DrivingConfig, DrivingCorpus
 from temporal_layers.recipes.evaluation.driving_network import (
+    FAULTS,
     MOTIONS,
     ORDERS,
     DrivingNetwork,
@@ -40,6 +42,10 @@ _FORWARD, _BACKWARD, _SHUFFLED, _STILL = range(len(ORDERS))
 _SHARES = torch.tensor([0.4, 0.2, 0.2, 0.2])
 _UNKNOWN = float("nan")
 """Motion of shuffled frames, which have none."""
+
+_MOST_NOISE, _MOST_BLUR = 0.2, 6.0
+_SMOOTHING = 0.1
+"""Of labels: without it the features of classes drift apart, and a distance says little but how often each occurs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +65,10 @@ class FeaturesConfig:
 
     out: Path = Path("runs/features")
     seed: int = 0
-    clips: int = 1024
+    clips: int = 768
     num_frames: int = 16
     driving: DrivingConfig = DrivingConfig(fps=DRIVING_FPS)
-    optim: OptimConfig = OptimConfig(steps=600, batch_size=16, lr=4e-3, ema_decay=0.99)
+    optim: OptimConfig = OptimConfig(steps=450, batch_size=16, lr=4e-3, ema_decay=0.99)
     engine: EngineConfig = EngineConfig()
     held_out: int = 96
 
@@ -122,8 +128,27 @@ def reordered(
     return frames, motions
 
 
+def degraded(
+    frames: Float[Tensor, "3 frames height width"], generator: torch.Generator
+) -> tuple[Float[Tensor, "3 frames height width"], Float[Tensor, " faults"]]:
+    """A clip with noise, or blurred, or most often as it is; and its `FAULTS`."""
+    faults, kind = torch.zeros(len(FAULTS)), int(torch.randint(4, (), generator=generator))
+    strength = torch.rand((), generator=generator).item()
+    if kind == 0:
+        noise = strength * _MOST_NOISE
+        frames = (frames + noise * torch.randn(frames.shape, generator=generator)).clamp(0, 1)
+        faults[0] = 10 * noise
+    elif kind == 1:
+        factor = _MOST_BLUR**strength
+        size = [max(1, round(side / factor)) for side in frames.shape[2:]]
+        small = F.interpolate(frames.transpose(0, 1), size=size, mode="bilinear", antialias=True)
+        frames = F.interpolate(small, size=frames.shape[2:], mode="bilinear").transpose(0, 1)
+        faults[1] = math.log2(factor)
+    return frames, faults
+
+
 class FeatureSamples:
-    """Draws (clip, label, order, motions): reordered at random, mirrored half of the time.
+    """Draws (clip, label, order, motions, faults): reordered and degraded at random, mirrored half of the time.
 
     Args:
         clips: What to draw from.
@@ -143,11 +168,12 @@ class FeatureSamples:
         order = int(torch.multinomial(_SHARES, 1, generator=generator))
         shuffle = torch.randperm(frames.shape[1], generator=generator)
         frames, motions = reordered(frames, motions, order, shuffle)
-        return frames, self.clips.labels[row], torch.tensor(order), motions
+        frames, faults = degraded(frames, generator)
+        return frames, self.clips.labels[row], torch.tensor(order), motions, faults
 
 
 class FeatureObjective(nn.Module):
-    """Cross-entropy of label and order, squared error of the motion where there is one.
+    """Cross-entropy of label and order, summed squared errors of the faults, and of the motion where there is one.
 
     Args:
         network: What is trained.
@@ -163,15 +189,18 @@ class FeatureObjective(nn.Module):
         labels: Int[Tensor, " batch"],
         orders: Int[Tensor, " batch"],
         motions: Float[Tensor, "batch motions"],
+        faults: Float[Tensor, "batch faults"],
     ) -> dict[str, Tensor]:
         """Losses of one batch."""
         features = self.network(frames)
-        label = F.cross_entropy(self.network.labels(features), labels)
-        order = F.cross_entropy(self.network.orders(features), orders)
+        label = F.cross_entropy(self.network.labels(features), labels, label_smoothing=_SMOOTHING)
+        order = F.cross_entropy(self.network.orders(features), orders, label_smoothing=_SMOOTHING)
         known = ~motions.isnan()
         errors = torch.where(known, self.network.motions(features) - motions.nan_to_num(), 0.0).square()
-        motion = errors.sum() / known.sum().clamp_min(1)
-        return {"loss": label + order + motion, "label": label, "order": order, "motion": motion}
+        motion = errors.sum() / known[:, 0].sum().clamp_min(1)
+        fault = (self.network.faults(features) - faults).square().sum(1).mean()
+        loss = label + order + motion + fault
+        return {"loss": loss, "label": label, "order": order, "motion": motion, "fault": fault}
 
 
 def train_features(
@@ -207,22 +236,22 @@ def measure_network(network: DrivingNetwork, clips: LabelledClips, *, seed: int 
 
     Returns:
         Accuracy of label and order (chance is 1/12 and 0.4), and the share of the variance that is explained for each
-        of `MOTIONS`.
+        of `MOTIONS` and `FAULTS`.
     """
     samples = FeatureSamples(clips, seed=seed)
     device = next(network.parameters()).device
     rows = [samples(position) for position in range(len(clips.frames))]
-    frames, labels, orders, motions = (torch.stack(column) for column in zip(*rows, strict=True))
+    frames, labels, orders, motions, faults = (torch.stack(column) for column in zip(*rows, strict=True))
     features = torch.cat([network(part.to(device)) for part in frames.split(16)])
-    found = network.motions(features).cpu()
     values = {
         "label accuracy": (network.labels(features).argmax(1).cpu() == labels).double().mean().item(),
         "order accuracy": (network.orders(features).argmax(1).cpu() == orders).double().mean().item(),
     }
-    for name, made, true in zip(MOTIONS, found.T, motions.T, strict=True):
-        known = ~true.isnan()
-        rest = (made - true)[known].square().mean() / true[known].var(correction=0)
-        values[f"{name} explained"] = 1 - rest.item()
+    for names, head, wanted in ((MOTIONS, network.motions, motions), (FAULTS, network.faults, faults)):
+        for name, made, true in zip(names, head(features).cpu().T, wanted.T, strict=True):
+            known = ~true.isnan()
+            rest = (made - true)[known].square().mean() / true[known].var(correction=0)
+            values[f"{name} explained"] = 1 - rest.item()
     return values
 
 

@@ -91,6 +91,7 @@ class FeatureNetwork:
         mean: Of each colour, subtracted from values in [0, 1].
         std: Of each colour, by which the rest is divided.
         num_frames: How many frames it needs; None for any number.
+        device: Where the module is, and where its input is prepared.
         embed_text: Rows for texts, in the space of those for frames; None if it cannot.
     """
 
@@ -104,6 +105,7 @@ class FeatureNetwork:
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     num_frames: int | None = None
+    device: torch.device = field(default=torch.device("cpu"), compare=False)
     embed_text: Callable[[Sequence[str]], Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -143,7 +145,7 @@ class FeatureNetwork:
 
     def prepared(self, clips: Float[Tensor, "batch 3 frames height width"]) -> Tensor:
         """What the module is called with: frames resized (bilinear, antialiased) and scaled."""
-        folded = fold_frames(clips)
+        folded = fold_frames(clips.to(self.device))
         if self.size is not None and tuple(folded.shape[2:]) != tuple(self.size):
             folded = _resized(folded, self.size, self.fit)
         mean, std = (folded.new_tensor(value).view(1, 3, 1, 1) for value in (self.mean, self.std))
@@ -197,8 +199,7 @@ def _driving(config: NetworkConfig, device: torch.device) -> FeatureNetwork:
 
     def rows(pixels: Tensor) -> Tensor:
         # One frame is as good as any number of equal ones.
-        clips = pixels.to(device).unsqueeze(2) if config.reads == "frames" else pixels.to(device)
-        features = network(clips)
+        features = network(pixels.unsqueeze(2) if config.reads == "frames" else pixels)
         return network.labels(features) if config.output == "logits" else features
 
     return FeatureNetwork(
@@ -209,6 +210,7 @@ def _driving(config: NetworkConfig, device: torch.device) -> FeatureNetwork:
         output=config.output,
         size=tuple(network.config.frame_size),
         num_frames=config.num_frames,
+        device=device,
     )
 
 
@@ -233,7 +235,7 @@ def _torchscript(config: NetworkConfig, device: torch.device) -> FeatureNetwork:
     return FeatureNetwork(
         name=config.name or Path(config.path).stem,
         digest=file_digest(config.path),
-        module=lambda pixels: module(pixels.to(device), **dict(config.keywords)),
+        module=lambda pixels: module(pixels, **dict(config.keywords)),
         reads=config.reads,
         output=config.output,
         size=config.size,
@@ -241,6 +243,7 @@ def _torchscript(config: NetworkConfig, device: torch.device) -> FeatureNetwork:
         mean=(-black / (white - black),) * 3,
         std=(1 / (white - black),) * 3,
         num_frames=config.num_frames,
+        device=device,
     )
 
 
@@ -254,12 +257,13 @@ def _videomae(config: NetworkConfig, device: torch.device) -> FeatureNetwork:
     return FeatureNetwork(
         name=config.name or "videomae",
         digest=weights_digest(model),
-        module=lambda pixels: model(pixels.to(device).transpose(1, 2)).last_hidden_state.mean(1),
+        module=lambda pixels: model(pixels.transpose(1, 2)).last_hidden_state.mean(1),
         size=(side, side),
         fit=config.fit,
         mean=tuple(IMAGENET_DEFAULT_MEAN),
         std=tuple(IMAGENET_DEFAULT_STD),
         num_frames=model.config.num_frames,
+        device=device,
     )
 
 
@@ -274,12 +278,13 @@ def _clip(config: NetworkConfig, device: torch.device) -> FeatureNetwork:
     return FeatureNetwork(
         name=config.name or "clip",
         digest=weights_digest(model),
-        module=lambda pixels: _embedding(model.get_image_features(pixel_values=pixels.to(device))),
+        module=lambda pixels: _embedding(model.get_image_features(pixel_values=pixels)),
         reads="frames",
         size=(side, side),
         fit=config.fit,
         mean=tuple(OPENAI_CLIP_MEAN),
         std=tuple(OPENAI_CLIP_STD),
+        device=device,
         embed_text=partial(_clip_texts, model, tokenizer, device),
     )
 

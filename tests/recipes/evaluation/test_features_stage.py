@@ -13,6 +13,7 @@ from temporal_layers.recipes.evaluation.features_stage import (
     FeatureObjective,
     FeatureSamples,
     FeaturesConfig,
+    degraded,
     measure_network,
     render_labelled,
     reordered,
@@ -59,10 +60,27 @@ def test_samples_depend_on_seed_and_position_alone(clips):
     for ours, theirs in zip(one(3), other(3), strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
     drawn = [one(position) for position in range(200)]
-    counts = torch.bincount(torch.stack([order for _, _, order, _ in drawn]), minlength=4)
+    counts = torch.bincount(torch.stack([sample[2] for sample in drawn]), minlength=4)
     assert counts.min() > 20 and counts[0] > 60
-    mirrored = [motions[1] for _, label, order, motions in drawn if order == 0]
+    mirrored = [motions[1] for _, _, order, motions, _ in drawn if order == 0]
     assert min(mirrored) < 0 < max(mirrored)
+
+
+def test_faults_are_what_was_done():
+    frames, seen = torch.rand(3, 4, 32, 48), set()
+    for seed in range(40):
+        made, faults = degraded(frames, torch.Generator().manual_seed(seed))
+        error, fine = (made - frames).square().mean().item() ** 0.5, made.diff(dim=-1).square().mean().item()
+        noise, blur = faults.tolist()
+        seen.add((noise > 0, blur > 0))
+        if noise == blur == 0:
+            assert torch.equal(made, frames)
+        elif noise:
+            assert 0.5 * noise / 10 < error < 1.02 * noise / 10  # less where it is cut off at 0 and 1
+        elif blur > 0.5:
+            assert fine < 0.7 * frames.diff(dim=-1).square().mean()
+        assert made.min() >= 0 and made.max() <= 1 and 0 <= noise <= 2 and 0 <= blur < 2.6
+    assert seen == {(False, False), (True, False), (False, True)}
 
 
 def test_unknown_motion_costs_nothing():
@@ -70,21 +88,31 @@ def test_unknown_motion_costs_nothing():
     objective = FeatureObjective(network)
     frames, labels, orders = torch.rand(2, 3, 4, 32, 32), torch.tensor([0, 5]), torch.tensor([0, 2])
     motions = torch.tensor([[1.0, 0.5, 0.2], [torch.nan] * 3])
-    losses = objective(frames, labels, orders, motions)
-    expected = (network.motions(network(frames[:1])) - motions[:1]).square().mean()
+    faults = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
+    losses = objective(frames, labels, orders, motions, faults)
+    expected = (network.motions(network(frames[:1])) - motions[:1]).square().sum()
     torch.testing.assert_close(losses["motion"], expected)
-    torch.testing.assert_close(losses["loss"], losses["label"] + losses["order"] + losses["motion"])
+    torch.testing.assert_close(losses["loss"], losses["label"] + losses["order"] + losses["motion"] + losses["fault"])
+    fault = (network.faults(network(frames)) - faults).square().sum() / 2
+    torch.testing.assert_close(losses["fault"], fault)
     losses["loss"].backward()
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
-    nothing = objective(frames[1:], labels[1:], orders[1:], motions[1:])
+    nothing = objective(frames[1:], labels[1:], orders[1:], motions[1:], faults[1:])
     assert nothing["motion"] == 0
 
 
 def test_training_lowers_the_loss(clips):
     network = build_driving_network(len(LABELS), (32, 32), seed=1)
-    config = OptimConfig(steps=30, batch_size=4, lr=4e-3)
-    history = train_features(network, clips, config, progress=False)
-    assert sum(history[-5:]) < 0.8 * sum(history[:5])
+    samples = FeatureSamples(clips, seed=5)
+    batch = [torch.stack(column) for column in zip(*map(samples, range(24)), strict=True)]
+
+    def loss():
+        with torch.no_grad():
+            return FeatureObjective(network)(*batch)["loss"].item()
+
+    before = loss()
+    history = train_features(network, clips, OptimConfig(steps=60, batch_size=4, lr=4e-3), progress=False)
+    assert len(history) == 60 and loss() < 0.8 * before
     assert not network.training and not any(p.requires_grad for p in network.parameters())
 
 
