@@ -15,16 +15,23 @@ from temporal_layers.recipes.evaluation.driving_network import (
 from temporal_layers.recipes.evaluation.features_stage import measure_network, render_labelled
 from temporal_layers.recipes.evaluation.moments import Moments
 from temporal_layers.recipes.evaluation.networks import NetworkConfig, load_network
+from temporal_layers.recipes.stages.clips import DRIVING_FPS
+from temporal_layers.recipes.stages.image import HELD_OUT
+from temporal_layers.recipes.stages.image_objectives import as_float
 
-HELD_OUT = 1 << 20
-CLIPS, FRAMES = 72, 8
+CLIPS, FRAMES = 66, 8
 
 
 @pytest.fixture(scope="module")
-def held_out():
-    """Two sets of other clips, in float."""
-    found = render_labelled(DrivingCorpus(DrivingConfig(fps=10.0)), 2 * CLIPS, FRAMES, first=HELD_OUT + 5000)
-    return found.frames.float().div(255).split(CLIPS)
+def labelled():
+    corpus = DrivingCorpus(DrivingConfig(fps=DRIVING_FPS))
+    return render_labelled(corpus, 2 * CLIPS, FRAMES, first=HELD_OUT + 5000)
+
+
+@pytest.fixture(scope="module")
+def held_out(labelled):
+    """Two sets of other clips."""
+    return as_float(labelled.frames).split(CLIPS)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +79,10 @@ def spliced(clips, share):
     ("corrupt", "levels"),
     [
         (noisy, (0.05, 0.1, 0.2)),
-        (blurred, (2, 4, 8)),
+        (blurred, (4, 8)),
         (shuffled, (0.25, 0.5, 1.0)),
         (frozen, (0.25, 0.5, 1.0)),
+        (spliced, (0.25, 0.5)),
     ],
 )
 def test_distances_grow_with_corruption(held_out, features, corrupt, levels):
@@ -88,11 +96,11 @@ def test_distances_grow_with_corruption(held_out, features, corrupt, levels):
     assert kernel == sorted(kernel), kernel
 
 
-def test_it_tells_what_it_was_trained_to_tell():
-    clips = render_labelled(DrivingCorpus(DrivingConfig(fps=10.0)), 48, 16, first=HELD_OUT + 9000)
-    found = measure_network(load_driving_network(), clips)
-    assert found["label accuracy"] > 0.8 and found["order accuracy"] > 0.8
-    assert found["speed explained"] > 0.5 and found["curvature explained"] > 0.5
+def test_it_tells_what_it_was_trained_to_tell(labelled):
+    found = measure_network(load_driving_network(), labelled)
+    assert found["label accuracy"] > 0.9 and found["order accuracy"] > 0.9
+    assert found["speed explained"] > 0.8 and found["curvature explained"] > 0.6
+    assert found["noise explained"] > 0.7
 
 
 def test_a_still_clip_has_the_features_of_its_frame():
@@ -106,12 +114,6 @@ def test_a_still_clip_has_the_features_of_its_frame():
 
 def test_it_is_small():
     assert sum(path.stat().st_size for path in SHIPPED_FEATURES.rglob("*.safetensors")) < 2**20
-    assert len(features_of_config()) == 64
-
-
-def features_of_config():
-    network = load_driving_network()
-    return network(torch.rand(1, 3, 2, 64, 96))[0]
 
 
 def test_outputs_of_the_ready_made_network():
