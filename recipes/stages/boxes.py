@@ -31,7 +31,7 @@ from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, R
 from temporal_layers.recipes.training.streams import SampleStream
 
 DEFAULT_OPTIM = OptimConfig(
-    steps=1500, batch_size=16, lr=2e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.99, checkpoint_every=250
+    steps=1200, batch_size=8, lr=2e-3, warmup=0.1, weight_decay=0.0, ema_decay=0.99, checkpoint_every=200
 )
 
 
@@ -67,7 +67,7 @@ class BoxesConfig:
     label_drop: float = 0.1
     box_drop: float = 0.1
     box_weight: float = 1.0
-    held_out: int = 64
+    held_out: int = 24
 
     def __post_init__(self) -> None:
         check_at_least("BoxesConfig.num_images", self.num_images, 1)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from temporal_layers.recipes.bases import LabelBase, PipelineBase
-from temporal_layers.recipes.boxes import BOXES, BoxBase, BoxTokens, add_boxes, load_boxes
+from temporal_layers.recipes.boxes import BOXES, BoxBase, BoxTokens, add_boxes, load_boxes, load_shipped_boxes
 from temporal_layers.recipes.cli import main as cli
 from temporal_layers.recipes.driving import LABELS, DrivingCorpus
 from temporal_layers.recipes.image_ldm import ImageLDM, ImageLDMConfig, build_image_ldm
@@ -20,6 +20,7 @@ from temporal_layers.recipes.stages.box_measures import box_effect, outlined, pl
 from temporal_layers.recipes.stages.box_samples import BoxObjective, BoxSamples, inside_error
 from temporal_layers.recipes.stages.boxed_images import BoxDataConfig, annotated_images, cut_boxes, driving_images
 from temporal_layers.recipes.stages.boxes import BoxesConfig, train_boxes
+from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.training.engine import OptimConfig
 from temporal_layers.recipes.training.streams import SampleStream
 
@@ -187,6 +188,15 @@ def test_outlines_are_drawn_where_the_boxes_are():
     rows, columns = frame[0].nonzero().unbind(1)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 24, 12, 36)
     assert frame[0, 9:24, 13:36].max() == 0
+
+
+def test_the_shipped_adapter_makes_cars_likelier_where_the_boxes_are():
+    images = driving_images((64, 96), 12, first=HELD_OUT + 500)
+    images = images.chosen([row for row, boxes in enumerate(images.boxes) if len(boxes)])
+    base = load_shipped_boxes()
+    rows = base.conditioning(images.labels, images.captions)
+    effect = box_effect(base, images.frames, rows, images.boxes, timesteps=(700,))
+    assert effect["given"] < 0.8 * effect["none"] and effect["given"] < 0.7 * effect["swapped"]
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
