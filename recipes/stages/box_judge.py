@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from temporal_layers.recipes.boxes import box_coverage
 from temporal_layers.recipes.stages.image_objectives import as_float
+from temporal_layers.recipes.training.optim import OptimConfig, build_optimizer, learning_rate
 from temporal_layers.recipes.training.streams import Shuffled, positions
 
-PEAK_RATE, BATCH = 4e-3, 16
+JUDGE_OPTIM = OptimConfig(steps=600, batch_size=16, lr=4e-3, weight_decay=0.0)
 
 
 class BoxJudge(nn.Module):
@@ -43,13 +44,15 @@ class BoxJudge(nn.Module):
         return F.binary_cross_entropy_with_logits(self.logits(frames), coverage)
 
 
-def train_judge(frames: Tensor, boxes: Float[Tensor, "images boxes 4"], *, steps: int = 600, seed: int = 0) -> BoxJudge:
+def train_judge(
+    frames: Tensor, boxes: Float[Tensor, "images boxes 4"], config: OptimConfig = JUDGE_OPTIM, *, seed: int = 0
+) -> BoxJudge:
     """A judge that has learned from images with boxes, on the CPU and in this process alone.
 
     Args:
         frames: (images, 3, height, width), uint8 or float in [0, 1].
         boxes: Of each; without area where there is none.
-        steps: Of training, with 16 images each.
+        config: Steps, learning rate and so on.
         seed: Of weights and order.
     """
     with torch.random.fork_rng(devices=[]):
@@ -58,13 +61,13 @@ def train_judge(frames: Tensor, boxes: Float[Tensor, "images boxes 4"], *, steps
     with torch.no_grad():
         size = judge.logits(as_float(frames[:1])).shape[1:]
     order = Shuffled(len(frames), seed)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps)
-    for step in range(steps):
-        rows = [order[position] for position in positions(step, BATCH)]
+    optimizer = build_optimizer([{"params": list(judge.parameters())}], config)
+    for step in range(config.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+        rows = [order[position] for position in positions(step, config.batch_size)]
         judge(as_float(frames[rows]), box_coverage(boxes[rows], *size)).backward()
+        nn.utils.clip_grad_norm_(judge.parameters(), config.grad_clip)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
     return judge.eval().requires_grad_(False)
 

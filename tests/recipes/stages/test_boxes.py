@@ -164,10 +164,11 @@ def test_a_judge_learns_to_find_things_and_repeats_with_its_seed():
     boxes[:, 0, 2:] = boxes[:, 0, :2] + 0.4
     for frame, (left, top, right, bottom) in zip(frames, boxes[:, 0].tolist(), strict=True):
         frame[0, round(64 * top) : round(64 * bottom), round(96 * left) : round(96 * right)] = 255
-    judge = train_judge(frames[:16], boxes[:16], steps=60)
+    config = OptimConfig(steps=60, batch_size=16, lr=4e-3)
+    judge = train_judge(frames[:16], boxes[:16], config)
     real = found(judge, frames[16:].float() / 255, boxes[16:])
     assert real > 0.6 and real > found(judge, frames[16:].float() / 255, boxes[16:].roll(1, 0)) + 0.2
-    first, second = (train_judge(frames[:16], boxes[:16], steps=2).last.weight for _ in range(2))
+    first, second = (train_judge(frames[:16], boxes[:16], options()).last.weight for _ in range(2))
     assert torch.equal(first, second)
 
 
