@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from temporal_layers.recipes.data.loader import LoaderConfig
@@ -117,7 +118,7 @@ def show(found: Evaluation, title: str, console: Console) -> None:
         spread = "" if one.spread is None else f" ± {one.spread:.2g}"
         counts = str(one.samples) if one.real_samples in (None, one.samples) else f"{one.samples}, {one.real_samples}"
         real = "" if one.real is None else f"{one.real:.4g}"
-        table.add_row(one.name, f"{one.value:.4g}{spread}", real, counts)
+        table.add_row(escape(one.name), f"{one.value:.4g}{spread}", real, counts)
     console.print(table)
     height, width = found.sampling["size"]
     rates = ", ".join(f"{name} {rate:.4g} fps" for name, rate in found.fps.items())
@@ -131,27 +132,27 @@ def show(found: Evaluation, title: str, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, or 1 if something could not be measured, with the reason."""
-    about = "\n".join([__doc__ or "", "Presets:", *(f"  {name}: {one.about}" for name, one in PRESETS.items())])
+    """Command line; returns the exit code.
+
+    Raises:
+        ValueError: If something cannot be measured, with the reason.
+    """
+    presets = "\n".join(["Presets:", *(f"  {name}: {one.about}" for name, one in PRESETS.items())])
+    about = f"{__doc__}\n{presets}"
     config = from_words(EvaluateConfig, arguments, prog="temporal-layers evaluate", description=about)
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if started:
         dist.init_process_group("gloo")
     try:
         found, title = _run(config)
-    except ValueError as error:
-        print(f"temporal-layers evaluate: {error}", file=sys.stderr)
-        return 1
-    else:
-        if rank_and_size()[0] == 0:
-            if config.json:
-                print(json.dumps({"preset": title, **found.as_dict()}, indent=2))
-            else:
-                show(found, title, Console())
-        return 0
+        if rank_and_size()[0] == 0 and config.json:
+            print(json.dumps({"preset": title, **found.as_dict()}, indent=2))
+        elif rank_and_size()[0] == 0:
+            show(found, title, Console())
     finally:
         if started:
             dist.destroy_process_group()
+    return 0
 
 
 def _run(config: EvaluateConfig) -> tuple[Evaluation, str]:

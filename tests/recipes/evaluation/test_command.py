@@ -51,7 +51,8 @@ def test_different_rates_are_pointed_out(folders, script, tmp_path, helpers, cap
     slow = helpers.write_set(tmp_path / "slow", helpers.make_clips(12), fps=5.0)
     words = [str(folders[0]), str(slow), "--preset", "ucf101-fvd", "--network", script, "--samples", "12", *QUICK]
     assert main(words) == 0
-    assert "differ in rate" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "differ in rate" in shown and "FVD[i3d]" in shown and "network i3d: weights" in shown
 
 
 def test_failures_say_why_and_return_1(folders, capsys):
@@ -63,7 +64,7 @@ def test_failures_say_why_and_return_1(folders, capsys):
         ([generated, real, "--preset", "reconstruction"], "expected at least 128 videos"),
         ([f"{generated}/none", real], "expected a folder, a .csv file"),
     ):
-        assert main(words) == 1
+        assert cli.main(["evaluate", *words]) == 1
         assert reason in capsys.readouterr().err
 
 
