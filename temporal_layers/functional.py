@@ -11,7 +11,7 @@ functions.
 :func:`geglu`               ``value * gelu(gate)`` of one projection: the way into a gated feed-forward
 :func:`group_norm`          group norm per frame or over a clip, with an optional SiLU
 :func:`temporal_attention`  attention over frames at every spatial position
-:func:`temporal_conv`       ``(kernel, 1, 1)`` convolution over frames, with what a residual block adds to it
+:func:`temporal_conv`       convolution over frames, or frames and space, with what a residual block adds to it
 ==========================  =================================================================================
 """
 

@@ -1,4 +1,4 @@
-"""Convolution over frames, separately at every spatial position."""
+"""Convolution over frames, at every spatial position separately or with an extent in space as well."""
 
 import torch
 from jaxtyping import Float
@@ -8,7 +8,7 @@ from temporal_layers.kernels.alpha_blend import alpha_residual, check_alpha
 from temporal_layers.kernels.checks import check_alike, check_map, check_num_frames, check_shape, invalid
 from temporal_layers.kernels.dispatch import Impl, resolve_impl
 from temporal_layers.kernels.matmul import refusal
-from temporal_layers.kernels.temporal_conv import reference
+from temporal_layers.kernels.temporal_conv import reference, spatial
 from temporal_layers.kernels.temporal_conv.tiles import is_faster
 
 __all__ = ["temporal_conv"]
@@ -16,7 +16,7 @@ __all__ = ["temporal_conv"]
 
 def temporal_conv(
     x: Float[Tensor, "batch_frames in_channels height width"],
-    weight: Float[Tensor, "out_channels in_channels kernel 1"],
+    weight: Float[Tensor, "out_channels in_channels kernel *space"],
     bias: Float[Tensor, "out_channels"] | None = None,
     *,
     num_frames: int,
@@ -26,7 +26,7 @@ def temporal_conv(
     causal: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> Float[Tensor, "batch_frames out_channels height width"]:
-    """The ``(kernel, 1, 1)`` convolution of the clips ``(batch, channels, num_frames, height, width)``.
+    """Convolution ``(kernel, 1, 1)`` of the clips ``(batch, channels, num_frames, height, width)``, or one with space.
 
     ``conv(x) + bias + temb``, or with a residual ``residual + (1 - alpha) * (conv(x) + bias + temb)``.
 
@@ -34,11 +34,15 @@ def temporal_conv(
     so the number of frames stays. A channels-last input is convolved without a copy: it is, as it lies in memory,
     the ``(batch, channels, num_frames, height*width)`` map on which this is a 2-D convolution.
 
+    With a weight that has an extent in space as well, maps are zero beyond their borders too, and keep their size. On a
+    CPU that is ``conv3d`` on a view of the maps, elsewhere a 2-D convolution over stacked frames.
+
     Args:
         x: Maps with the frames folded innermost into the batch. Any strides, any floating dtype; channels-last
             is the fast layout, another one is copied to it first.
         weight: ``(out_channels, in_channels, kernel, 1)`` with an odd kernel: a ``(kernel, 1, 1)`` weight of
-            ``Conv3d`` without its last dimension; dtype and device of ``x``.
+            ``Conv3d`` without its last dimension; or the weight of a ``Conv3d``, ``(out_channels, in_channels, kernel,
+            kernel_height, kernel_width)``, odd in all three; dtype and device of ``x``.
         bias: ``(out_channels,)`` or None; dtype and device of ``x``.
         num_frames: Frames of one clip; divides the batch.
         temb: Added to every pixel: ``(batch*num_frames, out_channels)``, a row for each frame, or
@@ -49,10 +53,11 @@ def temporal_conv(
             ``residual + update`` is folded into the sum: shape ``()`` or ``(1 or num_frames, 1 or out_channels)``,
             any floating dtype. None adds the whole update. Needs a residual.
         causal: Output frame ``i`` sees input frames ``i - kernel + 1`` to ``i`` only.
-        impl: ``"reference"`` is cuDNN's or oneDNN's 2-D convolution and pointwise operators. ``"fused"`` is one Triton
-            kernel: fp16, bf16 or fp32 (summed in fp32, without tf32), on a GPU; an ``alpha`` for each frame takes a
-            second one. ``"auto"`` takes the kernel for sizes in which it was measured to be faster on that GPU, and
-            as nothing has been measured, it is the reference. Gradients of gradients need the reference.
+        impl: ``"reference"`` is cuDNN's or oneDNN's convolution and pointwise operators. ``"fused"`` is one Triton
+            kernel, for weights without an extent in space: fp16, bf16 or fp32 (summed in fp32, without tf32), on a
+            GPU; an ``alpha`` for each frame takes a second one. ``"auto"`` takes the kernel for sizes in which it was
+            measured to be faster on that GPU, and as nothing has been measured, it is the reference. Gradients of
+            gradients need the reference.
 
     Returns:
         ``(batch*num_frames, out_channels, height, width)``, channels-last whatever the layout of ``x``, in the dtype
@@ -68,15 +73,19 @@ def temporal_conv(
     op = "temporal_conv"
     check_convolution(op, x, weight, bias, num_frames)
     check_epilogue(op, x, weight, num_frames, temb, residual, alpha)
-    preferred = is_faster(x, weight.shape[0])
-    if resolve_impl(op, impl, x, has_fused=True, refusal=refusal(x.dtype), preferred=preferred) is Impl.FUSED:
+    if weight.dim() == 5 and weight.shape[3:].numel() == 1:
+        weight = weight.squeeze(-1)
+    preferred, library, refused = is_faster(x, weight.shape[0]), reference, refusal(x.dtype)
+    if weight.dim() == 5:
+        library, refused = spatial, ("a (kernel, 1, 1) weight for 'fused'", f"one of {tuple(weight.shape[2:])}")
+    if resolve_impl(op, impl, x, has_fused=True, refusal=refused, preferred=preferred) is Impl.FUSED:
         from temporal_layers.kernels.temporal_conv import fused  # imports triton
 
         return fused.on_maps(x, weight, bias, temb, residual, alpha, num_frames, causal)
     if impl != "auto" or alpha is None:
-        return reference.temporal_conv(x, weight, bias, temb, residual, alpha, num_frames, causal)
+        return library.temporal_conv(x, weight, bias, temb, residual, alpha, num_frames, causal)
     # A library's convolution may be the faster one where the fused blend is faster than its reference.
-    update = reference.temporal_conv(x, weight, bias, temb, None, None, num_frames, causal)
+    update = library.temporal_conv(x, weight, bias, temb, None, None, num_frames, causal)
     residual = residual.contiguous(memory_format=torch.channels_last)
     return alpha_residual(residual, update.to(residual.dtype), alpha, num_frames=num_frames)
 
@@ -86,13 +95,15 @@ def check_convolution(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, n
     check_map(op, "x", x)
     check_num_frames(op, "x", x, num_frames)
     channels = x.shape[1]
-    if weight.dim() != 4 or weight.shape[1] != channels or weight.shape[3] != 1:
+    fits = weight.dim() == 5 or (weight.dim() == 4 and weight.shape[3] == 1)
+    if not fits or weight.shape[1] != channels:
         raise invalid(
-            op, "weight", f"(out_channels, {channels}, kernel, 1)", f"shape {tuple(weight.shape)}",
-            "drop the last dimension of a (kernel, 1, 1) Conv3d weight and match x's channels",
+            op, "weight", f"(out_channels, {channels}, kernel, 1) or (out_channels, {channels}, kernel, kernel_height, "
+            "kernel_width)", f"shape {tuple(weight.shape)}", "pass the weight of a Conv3d and match x's channels",
         )  # fmt: skip
-    if weight.shape[2] % 2 != 1:
-        raise invalid(op, "weight", "an odd kernel", f"kernel {weight.shape[2]}", "choose 1, 3, 5, ...")
+    for name, size in zip(("", " height", " width"), weight.shape[2:], strict=False):
+        if size % 2 != 1:
+            raise invalid(op, "weight", f"an odd kernel{name}", f"kernel{name} {size}", "choose 1, 3, 5, ...")
     check_alike(op, "weight", weight, x, "x")
     if bias is not None:
         check_shape(

@@ -158,8 +158,8 @@ NORM_ERRORS = [
     ),
 ]
 KERNEL_SHAPE = (
-    "weight: expected (out_channels, 6, kernel, 1), got shape %s; drop the last dimension of a (kernel, 1, 1) Conv3d "
-    "weight and match x's channels"
+    "weight: expected (out_channels, 6, kernel, 1) or (out_channels, 6, kernel, kernel_height, kernel_width), got "
+    "shape %s; pass the weight of a Conv3d and match x's channels"
 )
 EMBEDDING_SHAPE = (
     "temb: expected shape (4 or 2, 5), got shape %s; pass an embedding for each frame or clip, projected to the "
@@ -176,10 +176,24 @@ CONV_ERRORS = [
         "x: expected a batch divisible by num_frames=3, got batch 4; pass the number of frames that was folded into "
         "the batch",
     ),
-    (conv(MAPS, KERNEL[..., None]), KERNEL_SHAPE % "(5, 6, 3, 1, 1)"),
+    (conv(MAPS, KERNEL[..., 0]), KERNEL_SHAPE % "(5, 6, 3)"),
     (conv(MAPS, KERNEL[:, :4]), KERNEL_SHAPE % "(5, 4, 3, 1)"),
+    (conv(MAPS, KERNEL[:, :4, :, :, None]), KERNEL_SHAPE % "(5, 4, 3, 1, 1)"),
     (conv(MAPS, KERNEL.expand(5, 6, 3, 3)), KERNEL_SHAPE % "(5, 6, 3, 3)"),
     (conv(MAPS, KERNEL[:, :, :2]), "weight: expected an odd kernel, got kernel 2; choose 1, 3, 5, ..."),
+    (
+        conv(MAPS, torch.ones(5, 6, 3, 2, 3)),
+        "weight: expected an odd kernel height, got kernel height 2; choose 1, 3, 5, ...",
+    ),
+    (
+        conv(MAPS, torch.ones(5, 6, 3, 3, 4)),
+        "weight: expected an odd kernel width, got kernel width 4; choose 1, 3, 5, ...",
+    ),
+    (
+        conv(MAPS, torch.ones(5, 6, 3, 3, 1), impl="fused"),
+        "impl: expected a (kernel, 1, 1) weight for 'fused', got one of (3, 3, 1); pass impl='auto' or "
+        "impl='reference'",
+    ),
     (
         conv(MAPS, KERNEL.bfloat16()),
         "weight: expected float32 like x, got (5, 6, 3, 1) bfloat16 on cpu; convert it with .to(x.dtype)",

@@ -66,6 +66,12 @@ OPS = {
         ),
         weight=(CHANNELS, CHANNELS, 3, 1), alpha=(),
     ),
+    "temporal_conv_spatial": lambda: Op(
+        lambda m, x, f: temporal_conv(
+            x, m.weight, m.bias, num_frames=f, residual=x.flip(0), alpha=m.alpha, causal=True
+        ),
+        weight=(CHANNELS, CHANNELS, 3, 3, 3), bias=(CHANNELS,), alpha=(),
+    ),
 }  # fmt: skip
 every_op = pytest.mark.parametrize("name", OPS)
 

@@ -1,13 +1,15 @@
 """Convolution over frames against a sum over taps in float64, and against PyTorch's conv3d."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from temporal_layers.kernels.launch import is_interpreted, launch
-from temporal_layers.kernels.temporal_conv import temporal_conv
+from temporal_layers.kernels.temporal_conv import spatial, temporal_conv
 from temporal_layers.kernels.testing import assert_within_budget, random_map, random_normal, with_gradients
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -35,7 +37,9 @@ def on_5d(x, weight, bias, num_frames, causal):
     reach = weight.shape[2] - 1
     clips = x.unflatten(0, (-1, num_frames)).transpose(1, 2)
     clips = F.pad(clips, (0, 0, 0, 0, reach, 0) if causal else (0, 0, 0, 0, reach // 2, reach // 2))
-    return F.conv3d(clips, weight[..., None], bias).transpose(1, 2).flatten(0, 1)
+    weight = weight[..., None] if weight.dim() == 4 else weight
+    sides = (0, *(size // 2 for size in weight.shape[3:]))
+    return F.conv3d(clips, weight, bias, padding=sides).transpose(1, 2).flatten(0, 1)
 
 
 def finished(convolve, x, weight, num_frames, causal, bias=None, temb=None, residual=None, alpha=None):
@@ -113,10 +117,10 @@ def test_matches_the_sum_over_taps(
         assert_within_budget(*tensors, magnitude=magnitude, what=name)
 
 
-def magnitude_of_alpha(gradient, inputs, extra, num_frames, causal):
+def magnitude_of_alpha(gradient, inputs, extra, num_frames, causal, convolve=taps):
     """What the rounding of alpha's gradient is relative to: random terms, rounded like the update."""
     beside = {name: value.double() for name, value in extra.items() if name in ("bias", "temb")}
-    update = finished(taps, *(x.double() for x in inputs[:2]), num_frames, causal, **beside)
+    update = finished(convolve, *(x.double() for x in inputs[:2]), num_frames, causal, **beside)
     upstream = random_normal(tuple(update.shape), 99)  # that of with_gradients
     ratio = torch.finfo(inputs[0].dtype).eps / torch.finfo(torch.float32).eps
     return gradient.abs() + ratio * (update * upstream).norm() / gradient.numel() ** 0.5
@@ -172,6 +176,129 @@ def test_causal_frames_do_not_see_the_future():
 def test_empty_batch():
     result = temporal_conv(torch.empty(0, 4, 3, 3), torch.randn(5, 4, 3, 1), torch.randn(5), num_frames=3)
     assert result.shape == (0, 5, 3, 3)
+
+
+# With an extent in space.
+
+
+def volume(x, weight, bias, num_frames, causal):
+    """Adds up one matrix product for each tap over frames, height and width."""
+    reach, (up, left) = weight.shape[2] - 1, (size // 2 for size in weight.shape[3:])
+    before, (height, width) = (reach if causal else reach // 2), x.shape[2:]
+    padded = F.pad(x.unflatten(0, (-1, num_frames)), (left, left, up, up, 0, 0, before, reach - before))
+    total = torch.zeros(len(x), len(weight), height, width, dtype=x.dtype)
+    for t, i, j in itertools.product(*map(range, weight.shape[2:])):
+        seen = padded[:, t : t + num_frames, :, i : i + height, j : j + width].flatten(0, 1)
+        total = total + torch.einsum("oc,nchw->nohw", weight[:, :, t, i, j], seen)
+    return total if bias is None else total + bias[:, None, None]
+
+
+@pytest.fixture(params=["clips", "stacked frames"])
+def library(request, monkeypatch):
+    """The form of the library's convolution: that of a CPU, and that of all other devices, which a CPU has too."""
+    if request.param == "stacked frames":
+        monkeypatch.setattr(spatial, "on_clips", spatial.on_stacked_frames)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the form stays the same for all examples
+@given(
+    batch=st.integers(1, 2),
+    num_frames=st.integers(1, 4),
+    channels=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    kernel=st.tuples(*[st.sampled_from([1, 3, 5])] * 3),
+    causal=st.booleans(),
+    beside=st.sampled_from([(), ("bias",), ("bias", "temb:clip"), ("temb:frame",)]),
+    blend=st.sampled_from([(), ("residual",), *(("residual", f"alpha:{kind}") for kind in KINDS)]),
+    layout=st.sampled_from(FORMATS),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_with_space_matches_the_sum_over_taps(
+    library, batch, num_frames, channels, size, kernel, causal, beside, blend, layout, dtype
+):  # fmt: skip
+    extra = around(beside + blend, batch, num_frames, channels[1], size, dtype)
+    inputs = [
+        random_map(batch * num_frames, channels[0], *size, dtype=dtype, layout=layout),
+        random_normal((channels[1], channels[0], *kernel), 1).to(dtype),
+        *extra.values(),
+    ]
+
+    def ours(x, weight, *rest):
+        return temporal_conv(x, weight, num_frames=num_frames, causal=causal, **dict(zip(extra, rest, strict=True)))
+
+    def plain(convolve):
+        return lambda x, w, *rest: finished(convolve, x, w, num_frames, causal, **dict(zip(extra, rest, strict=True)))
+
+    actual = with_gradients(ours, *inputs, dtype=dtype)
+    assert actual[0].is_contiguous(memory_format=torch.channels_last) and actual[0].dtype == dtype
+    expected = with_gradients(plain(volume), *(x.double() for x in inputs), dtype=dtype)
+    if dtype == torch.float64:
+        for got, want in zip(actual, expected, strict=True):
+            tolerance = 1e-12 if got.dtype == dtype else 1e-5
+            torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+        return
+    eager = with_gradients(plain(on_5d), *inputs, dtype=dtype)
+    for name, *tensors in zip(["result", "x", "weight", *extra], actual, expected, eager, strict=True):
+        magnitude = None
+        if name == "alpha":
+            magnitude = magnitude_of_alpha(tensors[1], inputs, extra, num_frames, causal, volume)
+        assert_within_budget(*tensors, magnitude=magnitude, what=name)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_with_space(library, causal):
+    x = random_map(4, 2, 2, 3, dtype=torch.float64).requires_grad_()
+    weight, bias = random_normal((3, 2, 3, 3, 1), 1).requires_grad_(), random_normal((3,), 2).requires_grad_()
+    args = (lambda *tensors: temporal_conv(*tensors, num_frames=2, causal=causal), (x, weight, bias))
+    assert torch.autograd.gradcheck(*args) and torch.autograd.gradgradcheck(*args)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_space_what_a_pixel_sees(library, causal, dtype):
+    x, weight = random_map(6, 4, 5, 7, dtype=dtype), random_normal((4, 4, 3, 3, 5), 1).to(dtype)
+    changed = x.clone(memory_format=torch.preserve_format)
+    changed[3, :, 2, 3] += 8
+    before, after = (temporal_conv(maps, weight, num_frames=6, causal=causal) for maps in (x, changed))
+    seen = torch.zeros(6, 5, 7, dtype=torch.bool)
+    seen[3 if causal else 2 : 6 if causal else 5, 1:4, 1:6] = True
+    assert torch.equal((before != after).any(1), seen)
+
+
+@given(shift=st.tuples(st.integers(-1, 1), st.integers(-2, 2), st.integers(-2, 2)), causal=st.booleans())
+def test_with_space_a_shifted_clip_gives_a_shifted_result(shift, causal):
+    # Inside a border of zeros as wide as the shift and the kernel together, nothing else changes.
+    x = F.pad(random_map(3, 2, 3, 4, dtype=torch.float64), (4, 4, 4, 4, 0, 0, 3, 3))
+    weight = random_normal((3, 2, 3, 5, 3), 1)
+    first, second = (temporal_conv(clip, weight, num_frames=9, causal=causal) for clip in (x, x.roll(shift, (0, 2, 3))))
+    torch.testing.assert_close(second, first.roll(shift, (0, 2, 3)), rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_of_conv3d_without_an_extent_in_space_is_one_over_frames(monkeypatch):
+    x, weight = random_map(6, 4, 5, 2), random_normal((7, 4, 3, 1, 1), 1).float()
+    monkeypatch.delattr(spatial, "convolve")
+    assert torch.equal(temporal_conv(x, weight, num_frames=3), temporal_conv(x, weight[..., 0], num_frames=3))
+
+
+def test_with_space_a_channels_last_input_is_not_copied(monkeypatch):
+    x, weight = random_map(6, 4, 5, 2), torch.randn(4, 4, 3, 3, 3)
+    seen, conv3d = [], F.conv3d
+
+    def spy(clips, *args, **kwargs):
+        seen.append(clips)
+        return conv3d(clips, *args, **kwargs)
+
+    monkeypatch.setattr(F, "conv3d", spy)
+    temporal_conv(x, weight, num_frames=3)
+    assert seen[0].data_ptr() == x.data_ptr() and seen[0].is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_with_space_an_empty_batch(library):
+    x, weight, bias = torch.empty(0, 4, 3, 3), torch.randn(5, 4, 3, 3, 3), torch.randn(5)
+    result, *gradients = with_gradients(
+        lambda *tensors: temporal_conv(*tensors, num_frames=3), x, weight, bias, dtype=torch.float32
+    )
+    assert result.shape == (0, 5, 3, 3) and [float(x.abs().sum()) for x in gradients] == [0, 0, 0]
 
 
 # The fused kernel. It runs on a GPU or interpreted; elsewhere the fixture ``device`` skips these tests.
