@@ -28,6 +28,13 @@ def check_at_least(who: str, value: int, least: int) -> None:
         raise ValueError(f"{who}: expected a whole number of at least {least}, got {value!r}")
 
 
+def check_kernel(who: str, size: int) -> None:
+    """Raise a ``ValueError`` unless ``size`` is the extent of a kernel with a middle: a whole and odd number."""
+    check_at_least(who, size, 1)
+    if size % 2 == 0:
+        raise ValueError(f"{who}: expected an odd number, got {size}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlphaConfig:
     """The blend of both branches: ``alpha * spatial + (1 - alpha) * temporal`` (Video LDM, section 3.1).
@@ -89,9 +96,7 @@ class ContextConfig:
     def __post_init__(self) -> None:
         check_at_least("ContextConfig.channels", self.channels, 1)
         check_choice("ContextConfig.inject", self.inject, ("resblock", "input", "both"))
-        check_at_least("ContextConfig.kernel_size", self.kernel_size, 1)
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"ContextConfig.kernel_size: expected an odd number, got {self.kernel_size}")
+        check_kernel("ContextConfig.kernel_size", self.kernel_size)
 
     @property
     def in_resblocks(self) -> bool:
@@ -110,7 +115,9 @@ class TemporalResBlockConfig:
 
     Args:
         num_convs: stages of (GroupNorm, SiLU, convolution over frames): 2 as in SVD, 4 as in ModelScope.
-        kernel_size: odd extent over frames of every convolution; 3 is the paper's (3, 1, 1).
+        kernel_size: odd extent over frames of every convolution.
+        spatial_kernel_size: odd height and width of every convolution. 1 is SVD's and ModelScope's (3, 1, 1); 3 is a
+            full 3-D convolution, (3, 3, 3), with nine times the weights.
         timestep_embedding: add a projection of the host's timestep embedding after the first convolution. Ignored
             where the host block has none (autoencoder decoders).
         norm: GroupNorm statistics over the whole ``"clip"`` (frames, height, width) or over each ``"frame"``.
@@ -124,6 +131,7 @@ class TemporalResBlockConfig:
 
     num_convs: int = 2
     kernel_size: int = 3
+    spatial_kernel_size: int = 1
     timestep_embedding: bool = True
     norm: NormOver = "clip"
     eps: float | None = None
@@ -134,9 +142,8 @@ class TemporalResBlockConfig:
 
     def __post_init__(self) -> None:
         check_at_least("TemporalResBlockConfig.num_convs", self.num_convs, 1)
-        check_at_least("TemporalResBlockConfig.kernel_size", self.kernel_size, 1)
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"TemporalResBlockConfig.kernel_size: expected an odd number, got {self.kernel_size}")
+        check_kernel("TemporalResBlockConfig.kernel_size", self.kernel_size)
+        check_kernel("TemporalResBlockConfig.spatial_kernel_size", self.spatial_kernel_size)
         check_choice("TemporalResBlockConfig.norm", self.norm, ("clip", "frame"))
         if self.causal and self.norm == "clip":
             raise ValueError(
@@ -248,13 +255,14 @@ class TemporalConvConfig:
 
     Args:
         kernel_size: odd extent over frames.
+        spatial_kernel_size: odd height and width.
         causal: let a frame see itself and earlier frames only.
     """
 
     kernel_size: int = 3
+    spatial_kernel_size: int = 1
     causal: bool = False
 
     def __post_init__(self) -> None:
-        check_at_least("TemporalConvConfig.kernel_size", self.kernel_size, 1)
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"TemporalConvConfig.kernel_size: expected an odd number, got {self.kernel_size}")
+        check_kernel("TemporalConvConfig.kernel_size", self.kernel_size)
+        check_kernel("TemporalConvConfig.spatial_kernel_size", self.spatial_kernel_size)

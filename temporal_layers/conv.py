@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from temporal_layers.autocast import autocast_to
 from temporal_layers.config import TemporalConvConfig
+from temporal_layers.frame_conv import convolve, frame_conv
 from temporal_layers.frames import check_divisible, frames_to_height, height_to_frames
-from temporal_layers.resnet import CausalFrameConv, FrameConv, convolve
 from temporal_layers.streaming import FrameCache, check_streams
 
 __all__ = ["TemporalConv"]
@@ -17,7 +17,8 @@ class TemporalConv(nn.Module):
     """Convolution ``(k, 1, 1)`` over frames and nothing else: what SVD puts behind the last layer of its decoder.
 
     It has neither a residual nor a blend; it starts as the identity, bit for bit: the middle tap is the unit matrix
-    and the rest is zero.
+    and the rest is zero. With ``spatial_kernel_size=s`` it is ``(k, s, s)``; its weight is that of an ``nn.Conv3d`` in
+    four dimensions, as in :class:`~temporal_layers.TemporalResBlock`.
 
     Attributes:
         scale: strength of the layer, set at run time and saved nowhere: the result is
@@ -42,13 +43,14 @@ class TemporalConv(nn.Module):
         config = config or TemporalConvConfig()
         self.channels = channels
         self.config = config
-        size, conv = config.kernel_size, CausalFrameConv if config.causal else FrameConv
-        self.conv = conv(channels, channels, (size, 1), padding=(size // 2, 0), device=device, dtype=dtype)
+        self.conv = frame_conv(channels, config, device=device, dtype=dtype)
         if not self.conv.weight.is_meta:
+            size, space = config.kernel_size, config.spatial_kernel_size
+            now, here = size - 1 if config.causal else size // 2, space // 2
             with torch.no_grad():
                 self.conv.weight.zero_()
-                now = size - 1 if config.causal else size // 2
-                self.conv.weight[:, :, now, 0] = torch.eye(channels, device=device, dtype=dtype)
+                kernel = self.conv.weight.view(channels, channels, size, space, space)
+                kernel[:, :, now, here, here] = torch.eye(channels, device=device, dtype=dtype)
                 self.conv.bias.zero_()
 
     def forward(
@@ -82,9 +84,9 @@ class TemporalConv(nn.Module):
         check_divisible("TemporalConv", hidden_states.shape[0], num_frames)
         if cache is not None:
             check_streams("TemporalConv", self.config)
-        height, width = hidden_states.shape[-2:]
-        maps = convolve(self.conv, frames_to_height(hidden_states, num_frames), cache=cache)
-        mixed = height_to_frames(maps, height, width)
+        size = hidden_states.shape[-2:]
+        maps = convolve(self.conv, frames_to_height(hidden_states, num_frames), size, cache=cache)
+        mixed = height_to_frames(maps, *size)
         if self.scale != 1:
             mixed = torch.lerp(hidden_states, autocast_to(mixed, hidden_states.dtype), self.scale)
         if image_only is None:

@@ -9,10 +9,10 @@ from temporal_layers.autocast import autocast_to
 from temporal_layers.blend import AlphaBlend
 from temporal_layers.config import ContextConfig, TemporalResBlockConfig
 from temporal_layers.context import context_conv, enter_context
+from temporal_layers.frame_conv import FrameConv, convolve, frame_conv
 from temporal_layers.frames import check_divisible, frames_to_height, height_to_frames
 from temporal_layers.kernels.group_norm import group_norm
 from temporal_layers.kernels.layout import is_channels_last
-from temporal_layers.kernels.temporal_conv import temporal_conv
 from temporal_layers.positions import zero_
 from temporal_layers.streaming import FrameCache, check_streams
 
@@ -41,90 +41,15 @@ class FrameGroupNorm(nn.GroupNorm):
         return folded.squeeze(-1).unflatten(0, (-1, num_frames)).transpose(1, 2)
 
 
-class FrameConv(nn.Conv2d):
-    """Convolution over frames on ``(batch, channels, frames, pixels)`` with a 4-D weight ``(out, in, k, 1)``.
-
-    It is an ordinary ``nn.Conv2d`` on that view, so adapters for convolutions (LoRA) and offload hooks fit it; a 5-D
-    weight would make ``model.to(memory_format=torch.channels_last)`` fail. The constructor is the one of its base:
-    PEFT calls it to build the low-rank factors, and causality is a class because PEFT copies nothing but the class.
-    """
-
-    causal = False
-
-    def forward(
-        self,
-        maps: Float[Tensor, "batch channels frames pixels"],
-        *,
-        temb: Float[Tensor, "n out"] | None = None,
-        residual: Float[Tensor, "n out height width"] | None = None,
-        alpha: Float[Tensor, "..."] | None = None,
-        padded: bool = False,
-    ) -> Float[Tensor, "batch out out_frames pixels"]:
-        """Convolve, and end a branch: ``residual + (1 - alpha) * (convolution + temb)``.
-
-        With ``padded`` the first ``k - 1`` frames are there to be seen only and have no output.
-        """
-        maps = autocast_to(maps, self.weight.dtype)
-        if padded:
-            return F.conv2d(maps, self.weight, self.bias)
-        num_frames = maps.shape[2]
-        folded = temporal_conv(
-            maps.transpose(1, 2).flatten(0, 1).unsqueeze(-1),
-            self.weight,
-            self.bias,
-            num_frames=num_frames,
-            temb=temb,
-            residual=None if residual is None else residual.flatten(2).unsqueeze(-1),
-            alpha=alpha,
-            causal=self.causal,
-        )
-        return folded.squeeze(-1).unflatten(0, (-1, num_frames)).transpose(1, 2)
-
-
-class CausalFrameConv(FrameConv):
-    """A :class:`FrameConv` that sees the same and earlier frames only."""
-
-    causal = True
-
-
-def convolve(
-    conv: nn.Module,
-    maps: Float[Tensor, "batch channels frames pixels"],
-    *,
-    temb: Float[Tensor, "n out"] | None = None,
-    cache: FrameCache | None = None,
-) -> Float[Tensor, "batch out frames pixels"]:
-    """Run a :class:`FrameConv`, or PEFT's wrapper of one, with the frames before those at hand if there is a cache.
-
-    Args:
-        conv: the convolution.
-        maps: of the frames at hand.
-        temb: added to the result, one row a frame.
-        cache: the frames before.
-    """
-    if cache is None and isinstance(conv, FrameConv):
-        return conv(maps, temb=temb)
-    num_frames = maps.shape[2]
-    maps = conv(maps) if cache is None else _behind_others(conv, maps, cache)
-    return maps if temb is None else maps + temb.unflatten(0, (-1, num_frames)).transpose(1, 2).unsqueeze(-1)
-
-
-def _behind_others(conv: nn.Module, maps: Tensor, cache: FrameCache) -> Tensor:
-    reach = getattr(conv, "base_layer", conv).kernel_size[0] - 1
-    (frames,) = cache.extend(conv, (maps.permute(0, 2, 3, 1),), keep=reach)
-    missing = reach + maps.shape[2] - frames.shape[1]  # at the start of a stream; zero there, as in front of a clip
-    extended = F.pad(frames, (0, 0, 0, 0, missing, 0)).permute(0, 3, 1, 2)
-    if isinstance(conv, FrameConv):
-        return conv(extended, padded=True)
-    return conv(extended)[:, :, reach:]  # a wrapper hands no option to its low-rank factors
-
-
 class TemporalResBlock(nn.Module):
     """Residual block of convolutions over frames, blended with its input (Video LDM, figure 4; SVD's temporal block).
 
     ``update`` is a chain of (GroupNorm, SiLU, dropout, convolution ``(k, 1, 1)``) with the timestep embedding added
     after the first; the output is ``x + (1 - alpha) * update``, which equals the blend of ``x`` with ``x + update``.
     With ``zero_init`` it starts as the identity, bit for bit.
+
+    With ``spatial_kernel_size=s`` the convolutions are ``(k, s, s)``. The weight of one is that of an ``nn.Conv3d``
+    in four dimensions, either way: ``layer.convs[0].weight.copy_(conv3d.weight.reshape_as(layer.convs[0].weight))``.
 
     A frame context is merged with ``x`` in front of the convolutions, and the blend still takes ``x`` from before that:
     with ``c`` for what enters, ``x + (1 - alpha) * (c + update(x + c))``.
@@ -166,10 +91,7 @@ class TemporalResBlock(nn.Module):
         self.norms = nn.ModuleList(
             FrameGroupNorm(num_groups, channels, eps=eps, over=config.norm, **factory) for _ in range(config.num_convs)
         )
-        size, conv = config.kernel_size, CausalFrameConv if config.causal else FrameConv
-        self.convs = nn.ModuleList(
-            conv(channels, channels, (size, 1), padding=(size // 2, 0), **factory) for _ in range(config.num_convs)
-        )
+        self.convs = nn.ModuleList(frame_conv(channels, config, **factory) for _ in range(config.num_convs))
         self.temb_channels = temb_channels if config.timestep_embedding else None
         self.temb_proj = None
         if self.temb_channels is not None:
@@ -215,7 +137,7 @@ class TemporalResBlock(nn.Module):
         self._check(hidden_states, temb, num_frames)
         if cache is not None:
             check_streams("TemporalResBlock", self.config)
-        height, width = hidden_states.shape[-2:]
+        size = hidden_states.shape[-2:]
         entered = None
         if frame_context is not None:
             entered = enter_context("TemporalResBlock", self.context_in, hidden_states, frame_context)
@@ -223,16 +145,16 @@ class TemporalResBlock(nn.Module):
         last = len(self.convs) - 1
         for index in range(last):
             maps = self._normed(index, maps)
-            maps = convolve(self.convs[index], maps, temb=self._projected(index, temb), cache=cache)
+            maps = convolve(self.convs[index], maps, size, temb=self._projected(index, temb), cache=cache)
         maps, projected = self._normed(last, maps), self._projected(last, temb)
         if entered is None and image_only is None and cache is None and self._ends_itself(hidden_states):
 
             def end(alpha: Tensor) -> Tensor:
-                ended = self.convs[last](maps, temb=projected, residual=hidden_states, alpha=alpha)
-                return height_to_frames(ended, height, width)
+                ended = convolve(self.convs[last], maps, size, temb=projected, residual=hidden_states, alpha=alpha)
+                return height_to_frames(ended, *size)
 
             return self.blend.ended_by(hidden_states, end, num_frames=num_frames)
-        update = height_to_frames(convolve(self.convs[last], maps, temb=projected, cache=cache), height, width)
+        update = height_to_frames(convolve(self.convs[last], maps, size, temb=projected, cache=cache), *size)
         if entered is not None:
             update = update + entered
         return self.blend.residual(hidden_states, update, num_frames=num_frames, image_only=image_only)

@@ -30,6 +30,7 @@ def resblocks(draw):
     config = TemporalResBlockConfig(
         num_convs=draw(st.integers(1, 4)),
         kernel_size=draw(st.sampled_from([1, 3, 5])),
+        spatial_kernel_size=draw(st.sampled_from([1, 1, 3])),
         timestep_embedding=draw(st.booleans()),
         norm="frame" if causal else draw(st.sampled_from(["clip", "frame"])),
         dropout=draw(st.sampled_from([0.0, 0.2])),

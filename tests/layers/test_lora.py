@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from temporal_layers import TemporalResBlock, TemporalResBlockConfig, TemporalTransformerBlock
@@ -12,8 +12,8 @@ from temporal_layers import TemporalResBlock, TemporalResBlockConfig, TemporalTr
 RANK, ALPHA, FRAMES = 2, 6, 4
 
 
-def resblock(causal=False):
-    config = TemporalResBlockConfig(norm="frame", causal=causal)
+def resblock(causal=False, space=1):
+    config = TemporalResBlockConfig(norm="frame", causal=causal, spatial_kernel_size=space)
     return TemporalResBlock(8, temb_channels=6, num_groups=4, config=config)
 
 
@@ -24,6 +24,8 @@ def transformer():
 CASES = {
     "conv": (resblock, ["convs.0", "convs.1", "temb_proj"]),
     "conv_causal": (lambda: resblock(causal=True), ["convs.0", "convs.1"]),
+    "conv_space": (lambda: resblock(space=3), ["convs.0", "convs.1"]),
+    "conv_space_causal": (lambda: resblock(causal=True, space=3), ["convs.0", "convs.1"]),
     "attention": (transformer, ["to_q", "to_k", "to_v", "to_out"]),
     "attention_queries": (transformer, ["to_q"]),
     "feed_forward": (transformer, ["proj_in", "proj_out"]),
@@ -66,6 +68,15 @@ def test_adapted_merged_and_unmerged_are_the_sum_of_the_weights(name, randomised
     for module in layers:
         module.unmerge()
     assert relative_error(adapted(maps, extra, num_frames=FRAMES), expected) < 1e-12
+
+
+@pytest.mark.parametrize("config", [LoraConfig(use_dora=True), LoHaConfig()])
+def test_methods_that_call_the_convolution_of_pytorch_fail_on_kernels_with_space(config):
+    config.target_modules = ["convs.0"]
+    layer = resblock(space=3)
+    inject_adapter_in_model(config, layer)
+    with pytest.raises(RuntimeError, match=r"must match the size|got input of size"):
+        layer(torch.randn(FRAMES, 8, 2, 3), torch.randn(FRAMES, 6), num_frames=FRAMES)
 
 
 @pytest.mark.parametrize("name", CASES)

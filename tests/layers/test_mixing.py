@@ -59,6 +59,12 @@ CASES = {
     "conv_wide": (partial(resblock, norm="frame", num_convs=1, kernel_size=5), DISTANCE.abs() <= 2),
     "conv_pointwise": (partial(resblock, norm="frame", kernel_size=1), DISTANCE == 0),
     "conv_causal": (partial(resblock, norm="frame", causal=True), (DISTANCE >= 0) & (DISTANCE <= 4)),
+    "conv_space": (partial(resblock, norm="frame", spatial_kernel_size=3), DISTANCE.abs() <= 2),
+    "conv_space_causal": (
+        partial(resblock, norm="frame", spatial_kernel_size=3, causal=True),
+        (DISTANCE >= 0) & (DISTANCE <= 4),
+    ),
+    "conv_space_pointwise": (partial(resblock, norm="frame", kernel_size=1, spatial_kernel_size=3), DISTANCE == 0),
     "conv_clip_norm": (resblock, EVERYWHERE),
     "attention": (transformer, EVERYWHERE),
     "attention_rotary": (partial(transformer, position="rotary"), EVERYWHERE),

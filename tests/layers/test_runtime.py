@@ -33,6 +33,8 @@ def transformer(**options):
 BUILDS = {
     "resblock": resblock,
     "resblock_causal": partial(resblock, causal=True, norm="frame", alpha=AlphaConfig(shape="channel")),
+    "resblock_space": partial(resblock, spatial_kernel_size=3),
+    "resblock_space_causal": partial(resblock, spatial_kernel_size=3, causal=True, norm="frame"),
     "transformer": transformer,
     "transformer_relative": partial(transformer, position="relative", causal=True),
     "transformer_rotary": partial(transformer, position="rotary", attentions=("self",), window=1),
@@ -172,7 +174,7 @@ def check_one_graph(layer, backend):
 
 
 @traced
-@pytest.mark.parametrize("name", ["resblock_causal", "transformer"])
+@pytest.mark.parametrize("name", ["resblock_causal", "resblock_space_causal", "transformer"])
 def test_compiles_to_one_graph_for_all_clip_lengths(name, randomised):
     check_one_graph(randomised(BUILDS[name](), torch.float32), "eager")
 

@@ -70,8 +70,11 @@ LAYERS = {
     "resblock_wide": partial(resblock, kernel_size=5, num_convs=1),
     "resblock_modelscope": partial(resblock, num_convs=4, timestep_embedding=False),
     "resblock_pointwise": partial(resblock, kernel_size=1),
+    "resblock_space": partial(resblock, spatial_kernel_size=3),
+    "resblock_space_pointwise": partial(resblock, kernel_size=1, spatial_kernel_size=5),
     "resblock_context": partial(resblock, context=ContextConfig(channels=3)),
     "conv": conv,
+    "conv_space": partial(conv, kernel_size=5, spatial_kernel_size=3),
     "conv_wide": partial(conv, kernel_size=5),
     "attention": Attention,
     "attention_window": partial(Attention, window=2),
@@ -146,13 +149,14 @@ def test_blocks_give_the_pass_over_the_whole_clip(name, lengths, randomised, rel
 @given(
     cuts=st.sets(st.integers(1, FRAMES - 1)), window=st.none() | st.integers(0, FRAMES),
     position=st.sampled_from(["none", "sinusoidal", "sinusoidal_mlp", "rotary", "relative"]),
-    kernel=st.sampled_from([1, 3, 5, 9]),
+    kernel=st.sampled_from([1, 3, 5, 9]), space=st.sampled_from([1, 3]),
 )  # fmt: skip
-def test_any_blocks_do(cuts, window, position, kernel):
+def test_any_blocks_do(cuts, window, position, kernel, space):
     torch.manual_seed(0)
     ends = [0, *sorted(cuts), FRAMES]
     lengths = [stop - start for start, stop in pairwise(ends)]
-    for layer in (transformer(window=window, position=position), resblock(kernel_size=kernel)):
+    convolution = resblock(kernel_size=kernel, spatial_kernel_size=space)
+    for layer in (transformer(window=window, position=position), convolution):
         layer = layer.double().eval()
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -179,9 +183,16 @@ def test_one_pass_of_the_same_layer_twice_in_a_block(randomised):
     torch.testing.assert_close(torch.cat(blocks, dim=2), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("targets", [["convs.0", "convs.1"], ["to_q", "to_k", "to_v", "to_out"]])
-def test_low_rank_factors_stream_too(targets, randomised, relative_error):
-    layer = randomised(resblock() if "convs.0" in targets else transformer(position="rotary", window=2))
+@pytest.mark.parametrize(
+    ("build", "targets"),
+    [
+        (resblock, ["convs.0", "convs.1"]),
+        (partial(resblock, spatial_kernel_size=3), ["convs.0", "convs.1"]),
+        (partial(transformer, position="rotary", window=2), ["to_q", "to_k", "to_v", "to_out"]),
+    ],
+)
+def test_low_rank_factors_stream_too(build, targets, randomised, relative_error):
+    layer = randomised(build())
     config = LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False)
     inject_adapter_in_model(config, layer)
     layer.double()
@@ -230,9 +241,11 @@ def test_a_block_that_fails_leaves_no_trace(randomised):
     torch.testing.assert_close(rest, whole(layer[0], clips, others)[:, :, 3:], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("space", [1, 3])
 @pytest.mark.parametrize("length", [1, 3])
-def test_memory_is_that_of_the_windows(length, randomised):
-    layers = randomised(torch.nn.ModuleList([transformer(window=2), resblock(kernel_size=5), conv()])).eval()
+def test_memory_is_that_of_the_windows(length, space, randomised):
+    convolutions = [resblock(kernel_size=5, spatial_kernel_size=space), conv(spatial_kernel_size=space)]
+    layers = randomised(torch.nn.ModuleList([transformer(window=2), *convolutions])).eval()
     cache, sizes = FrameCache(), []
     text, temb = torch.randn(BATCH, 3, 5, **DOUBLE), torch.randn(BATCH * length, 6, **DOUBLE)
     for _ in range(6):
