@@ -127,6 +127,21 @@ def check_shape(op: str, argument: str, x: Tensor, shape: Sequence[int], meaning
         raise invalid(op, argument, f"{meaning} {tuple(shape)}", f"shape {tuple(x.shape)}", advice)
 
 
+def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> None:
+    """Requires parameters of a layer norm of the last dimension of ``x`` that come with its epsilon.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match, or there are parameters and no epsilon.
+    """
+    for argument, value in (("norm_weight", weight), ("norm_bias", bias)):
+        if value is None:
+            continue
+        if eps is None:
+            raise invalid(op, argument, "norm_eps beside it", "none", "pass the epsilon of the layer norm")
+        check_shape(op, argument, value, x.shape[-1:], "one value for each channel", "size it by x's channels")
+        check_alike(op, argument, value, x, "x")
+
+
 def check_bool(op: str, argument: str, x: Tensor) -> None:
     """Requires a boolean tensor.
 

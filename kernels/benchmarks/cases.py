@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 OPERATORS = (
     "temporal_attention", "group_norm", "alpha_blend", "alpha_residual", "temporal_conv", "temporal_conv_residual",
-    "geglu",
+    "linear_norm", "linear_residual", "geglu", "geglu_norm",
 )  # fmt: skip
 LAYERS = ("res_block", "transformer")
+IN_TRANSFORMERS = ("temporal_attention", "linear_norm", "linear_residual", "geglu", "geglu_norm", "transformer")
 OPS = OPERATORS + LAYERS
 
 
@@ -57,8 +58,8 @@ class Case:
         return self.batch * self.frames * self.positions * self.channels
 
     def suits(self, op: str) -> bool:
-        """Whether the operator exists at this place: no attention and no feed-forward without heads."""
-        return self.heads > 0 or op not in ("temporal_attention", "geglu", "transformer")
+        """Whether the operator exists at this place: nothing of a transformer without heads."""
+        return self.heads > 0 or op not in IN_TRANSFORMERS
 
 
 def unet(name: str, frames: int, size: tuple[int, int], channels: int, heads: int, **options) -> Case:

@@ -67,9 +67,21 @@ def conv_update(x: Tensor, weight: Tensor, bias: Tensor, temb: Tensor | None = N
     return y if temb is None else y + temb[:, :, None, None]
 
 
-def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Values times the GELU of their gates, both from one projection."""
-    value, gate = (x @ weight.t() + bias).chunk(2, dim=-1)
+def linear_norm(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    """A product of normed rows, with PyTorch's epsilon."""
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm_weight + norm_bias
+    return normed @ weight.t()
+
+
+def linear_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor) -> Tensor:
+    """The product that ends a residual branch, blended with its input."""
+    return blend(residual, residual + x @ weight.t() + bias, alpha)
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Tensor:
+    """Values times the GELU of their gates, both from one projection, of normed rows if the norm is given."""
+    value, gate = ((linear_norm(x, weight, *norm) if norm else x @ weight.t()) + bias).chunk(2, dim=-1)
     return value * gate * (1 + torch.erf(gate * 0.5**0.5)) / 2
 
 

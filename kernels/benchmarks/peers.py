@@ -129,8 +129,20 @@ def conv_residual(clips: Tensor, residual: Tensor, weight: Tensor, bias: Tensor,
     return blend(residual, residual + y, alpha)
 
 
-def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The gated projection as diffusers writes it."""
+def linear_norm(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    """A layer norm, then a product."""
+    return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias), weight)
+
+
+def linear_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor) -> Tensor:
+    """A product, the skip connection and the blend."""
+    return blend(residual, residual + F.linear(x, weight, bias), alpha)
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Tensor:
+    """The gated projection as diffusers writes it, behind a layer norm if one is given."""
+    if norm:
+        x = F.layer_norm(x, x.shape[-1:], *norm)
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
     return value * F.gelu(gate)
 

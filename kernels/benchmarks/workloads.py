@@ -12,6 +12,7 @@ from temporal_layers.kernels.benchmarks import formulas, layers, peers
 from temporal_layers.kernels.benchmarks.cases import LAYERS, Case
 from temporal_layers.kernels.geglu import geglu
 from temporal_layers.kernels.group_norm import group_norm
+from temporal_layers.kernels.linear import linear
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.kernels.temporal_conv import temporal_conv
 
@@ -113,7 +114,7 @@ def ours(function: Function, **options) -> tuple[Provider, Provider]:
     return fused, Provider("reference", lambda: partial(function, **options, impl="reference"), ours=True)
 
 
-def compiled(function: Function, layout: Layout) -> Provider:
+def compiled(function: Function, layout: Layout | None = None) -> Provider:
     """A peer under torch.compile."""
     return Provider("torch.compile", lambda: torch.compile(function, dynamic=False), layout)
 
@@ -240,17 +241,48 @@ def build_conv_residual(case: Case, dtype: torch.dtype, device: str, normal: Fun
     return Workload(inputs, 2, oracle, costs, providers, terms=terms, terms_rounded=True)
 
 
-def build_geglu(case: Case, dtype: torch.dtype, device: str, normal: Function, maps: Function) -> Workload:
+def build_linear_norm(case: Case, dtype: torch.dtype, device: str, normal: Function, maps: Function) -> Workload:
+    def on_library(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, *, impl: str) -> Tensor:
+        return linear(x, weight, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=1e-5, impl=impl)
+
     width, rows = case.channels, (case.batch * case.frames, case.positions)
-    providers = (
-        *ours(geglu),
-        Provider("eager", lambda: peers.geglu),
-        Provider("diffusers", partial(peers.diffusers_geglu, width)),
-        Provider("torch.compile", lambda: torch.compile(peers.geglu, dynamic=False)),
-    )
+    providers = *ours(on_library), Provider("eager", lambda: peers.linear_norm), compiled(peers.linear_norm)
+    # Queries, keys and values in one product.
+    inputs = normal(*rows, width), normal(3 * width, width) * width**-0.5, 1 + 0.1 * normal(width), 0.1 * normal(width)
+    costs = in_units(case, dtype, (4, 6 * width), (5, 12 * width))
+    return Workload(inputs, 1, formulas.linear_norm, costs, providers, output=(*rows, 3 * width))
+
+
+def build_linear_residual(case: Case, dtype: torch.dtype, device: str, normal: Function, maps: Function) -> Workload:
+    def on_library(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, *, impl: str) -> Tensor:
+        return linear(x, weight, bias, residual=residual, alpha=alpha, impl=impl)
+
+    def terms(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, upstream: Tensor) -> Tensor:
+        return -upstream * (x @ weight.t() + bias)
+
+    width, rows = case.channels, (case.batch * case.frames, case.positions)
+    providers = *ours(on_library), Provider("eager", lambda: peers.linear_residual), compiled(peers.linear_residual)
+    inputs = (
+        normal(*rows, width), normal(*rows, width), normal(width, width) * width**-0.5, 0.1 * normal(width),
+        torch.tensor(0.7, device=device),
+    )  # fmt: skip
+    costs = in_units(case, dtype, (3, 2 * width), (3, 4 * width))
+    return Workload(inputs, 2, formulas.linear_residual, costs, providers, terms=terms, terms_rounded=True)
+
+
+def build_geglu(
+    case: Case, dtype: torch.dtype, device: str, normal: Function, maps: Function, *, norm: bool = False
+) -> Workload:
+    def behind_norm(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor, impl: str) -> Tensor:
+        return geglu(x, weight, bias, norm_weight=norm[0], norm_bias=norm[1], norm_eps=1e-5, impl=impl)
+
+    width, rows = case.channels, (case.batch * case.frames, case.positions)
+    diffusers = () if norm else (Provider("diffusers", partial(peers.diffusers_geglu, width)),)
+    providers = *ours(behind_norm if norm else geglu), Provider("eager", lambda: peers.geglu), *diffusers
     inputs = (normal(*rows, width), normal(8 * width, width) * width**-0.5, 0.1 * normal(8 * width))
+    inputs += (1 + 0.1 * normal(width), 0.1 * normal(width)) if norm else ()
     costs = in_units(case, dtype, (5, 16 * width), (6, 32 * width))
-    return Workload(inputs, 1, formulas.geglu, costs, providers, output=(*rows, 4 * width))
+    return Workload(inputs, 1, formulas.geglu, costs, (*providers, compiled(peers.geglu)), output=(*rows, 4 * width))
 
 
 class OnReferences(torch.nn.Module):
@@ -323,7 +355,10 @@ BUILDERS = {
     "alpha_residual": partial(build_blend, is_update=True),
     "temporal_conv": build_conv,
     "temporal_conv_residual": build_conv_residual,
+    "linear_norm": build_linear_norm,
+    "linear_residual": build_linear_residual,
     "geglu": build_geglu,
+    "geglu_norm": partial(build_geglu, norm=True),
     "res_block": build_res_block,
     "transformer": build_transformer,
 }

@@ -10,8 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def geglu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float | None,
+) -> Tensor:
     """Gated projection; see the public function for the contract."""
+    if norm_eps is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
     value_weight, gate_weight = weight.chunk(2)
     value_bias, gate_bias = (None, None) if bias is None else bias.chunk(2)
     gate = F.linear(x, gate_weight, gate_bias)

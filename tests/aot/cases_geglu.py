@@ -15,7 +15,9 @@ SHAPES = {
 }
 
 
-def case(shape: str, dtype: torch.dtype = torch.bfloat16, *, bias: bool = True) -> Callable[[], None]:
+def case(
+    shape: str, dtype: torch.dtype = torch.bfloat16, *, bias: bool = True, norm: bool = False
+) -> Callable[[], None]:
     """Both passes of one projection."""
     rows, channels = SHAPES[shape]
 
@@ -23,8 +25,9 @@ def case(shape: str, dtype: torch.dtype = torch.bfloat16, *, bias: bool = True) 
         x = torch.empty(rows, channels, dtype=dtype, device="meta")
         weight = torch.empty(8 * channels, channels, dtype=dtype, device="meta")
         shift = torch.empty(8 * channels, dtype=dtype, device="meta") if bias else None
-        grad = fused.forward(x, weight, shift)
-        fused.backward(grad, x, weight, shift)
+        scale = torch.empty(channels, dtype=dtype, device="meta") if norm else None
+        operands = x, weight, shift, scale, scale, 1e-5 if norm else None
+        fused.backward(fused.forward(*operands), *operands)
 
     return compile_both_passes
 
@@ -33,4 +36,6 @@ CASES: list[tuple[str, Callable[[], None]]] = [
     *((f"{shape}-bf16", case(shape)) for shape in SHAPES),
     ("sd15-64x64x320-fp16-no-bias", case("sd15-64x64x320", torch.float16, bias=False)),
     ("sd15-64x64x320-fp32", case("sd15-64x64x320", torch.float32)),
+    *((f"{shape}-norm-bf16", case(shape, norm=True)) for shape in SHAPES),
+    ("sd15-64x64x320-norm-fp32", case("sd15-64x64x320", torch.float32, norm=True)),
 ]

@@ -178,6 +178,9 @@ def test_costs_are_those_of_the_formulas():
     assert conv.flops == 2 * 3 * 64 * elements
     gated = build("geglu", CASE, torch.bfloat16, "cpu").costs["forward"]
     assert gated.flops == 2 * 8 * 64 * elements and gated.bytes == (1 + 4) * elements * 2
+    assert build("geglu_norm", CASE, torch.bfloat16, "cpu").costs["forward"] == gated  # the norm is free
+    product = build("linear_norm", CASE, torch.bfloat16, "cpu").costs["forward"]
+    assert product.flops == 2 * 3 * 64 * elements and product.bytes == (1 + 3) * elements * 2
 
 
 def test_cases_are_whole():

@@ -11,6 +11,7 @@ from temporal_layers.kernels.alpha_blend import alpha_blend, alpha_residual
 from temporal_layers.kernels.dispatch import Impl, resolve_impl
 from temporal_layers.kernels.geglu import geglu
 from temporal_layers.kernels.group_norm import group_norm
+from temporal_layers.kernels.linear import linear
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.kernels.temporal_conv import temporal_conv
 
@@ -22,6 +23,7 @@ CALLS = {
     "alpha_residual": lambda impl: alpha_residual(MAPS, MAPS, SCALAR, impl=impl),
     "geglu": lambda impl: geglu(TOKENS, torch.ones(6, 8), impl=impl),
     "group_norm": lambda impl: group_norm(MAPS, 1, impl=impl),
+    "linear": lambda impl: linear(TOKENS, torch.ones(6, 8), impl=impl),
     "temporal_attention": lambda impl: temporal_attention(TOKENS, TOKENS, TOKENS, num_frames=2, num_heads=1, impl=impl),
     "temporal_conv": lambda impl: temporal_conv(MAPS, torch.ones(2, 2, 1, 1), num_frames=2, impl=impl),
 }
@@ -99,15 +101,15 @@ def test_auto_takes_what_is_preferred(triton):
     assert resolve_impl("op", "fused", GPU, has_fused=True, preferred=False) is Impl.FUSED
 
 
-@pytest.mark.parametrize("op", ["geglu", "temporal_conv"])
+@pytest.mark.parametrize("op", ["geglu", "linear", "temporal_conv"])
 def test_fused_takes_no_fp64(op):
     x = torch.ones(2, 2, 2, 2, dtype=torch.float64)
     weight = torch.ones(2, 2, 1, 1, dtype=torch.float64)
     with pytest.raises(ValueError) as error:
-        if op == "geglu":
-            geglu(x, weight[..., 0, 0], impl="fused")
-        else:
+        if op == "temporal_conv":
             temporal_conv(x, weight, num_frames=2, impl="fused")
+        else:
+            {"geglu": geglu, "linear": linear}[op](x, weight[..., 0, 0], impl="fused")
     reason = "expected float16, bfloat16 or float32 for 'fused', got float64"
     assert str(error.value) == f"{op}: impl: {reason}; pass impl='auto' or impl='reference'"
 

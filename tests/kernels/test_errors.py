@@ -6,6 +6,7 @@ import torch
 from temporal_layers.kernels.alpha_blend import alpha_blend, alpha_residual
 from temporal_layers.kernels.geglu import geglu
 from temporal_layers.kernels.group_norm import group_norm
+from temporal_layers.kernels.linear import linear
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.kernels.temporal_conv import temporal_conv
 
@@ -107,8 +108,12 @@ def conv(x=MAPS, weight=KERNEL, *args, num_frames=2, **kwargs):
     return lambda: temporal_conv(x, weight, *args, num_frames=num_frames, **kwargs)
 
 
-def gated(x=TOKENS, weight=None, *args):
-    return lambda: geglu(x, torch.ones(8, 6) if weight is None else weight, *args)
+def gated(x=TOKENS, weight=None, *args, **kwargs):
+    return lambda: geglu(x, torch.ones(8, 6) if weight is None else weight, *args, **kwargs)
+
+
+def product(x=TOKENS, weight=None, *args, **kwargs):
+    return lambda: linear(x, torch.ones(8, 6) if weight is None else weight, *args, **kwargs)
 
 
 def attend(query=TOKENS, key=None, value=None, num_frames=2, num_heads=3, **kwargs):
@@ -255,6 +260,67 @@ GATE_ERRORS = [
         "bias: expected a tensor on cpu like x, got (8,) float32 on meta; move it to cpu",
     ),
 ]
+NORM_PARAMETER_ERRORS = [
+    (
+        {"norm_weight": WEIGHT},
+        "norm_weight: expected norm_eps beside it, got none; pass the epsilon of the layer norm",
+    ),
+    (
+        {"norm_bias": WEIGHT[:5], "norm_eps": 1e-5},
+        "norm_bias: expected one value for each channel (6,), got shape (5,); size it by x's channels",
+    ),
+    (
+        {"norm_weight": WEIGHT.double(), "norm_eps": 1e-5},
+        "norm_weight: expected float32 like x, got (6,) float64 on cpu; convert it with .to(x.dtype)",
+    ),
+]
+GATE_ERRORS += [(gated(**parameters), text) for parameters, text in NORM_PARAMETER_ERRORS]
+SUM = torch.ones(4, 5, 8)
+PRODUCT_ERRORS = [
+    (product(WEIGHT), "x: expected (..., channels), got shape (6,); give it a dimension of rows"),
+    (
+        product(TOKENS.int()),
+        "x: expected a floating-point tensor, got (4, 5, 6) int32 on cpu; convert it with .to(dtype)",
+    ),
+    (
+        product(TOKENS, torch.ones(8, 5)),
+        "weight: expected (out_channels, 6), got shape (8, 5); match x's channels",
+    ),
+    (product(TOKENS, WEIGHT), "weight: expected (out_channels, 6), got shape (6,); match x's channels"),
+    (
+        product(TOKENS, torch.ones(8, 6).double()),
+        "weight: expected float32 like x, got (8, 6) float64 on cpu; convert it with .to(x.dtype)",
+    ),
+    (
+        product(TOKENS, None, WEIGHT),
+        "bias: expected one value for each row of weight (8,), got shape (6,); size it by the weight",
+    ),
+    (
+        product(TOKENS, None, torch.ones(8).to("meta")),
+        "bias: expected a tensor on cpu like x, got (8,) float32 on meta; move it to cpu",
+    ),
+    *((product(**parameters), text) for parameters, text in NORM_PARAMETER_ERRORS),
+    (
+        product(residual=TOKENS),
+        "residual: expected the shape of the result (4, 5, 8), got shape (4, 5, 6); pass the input of the residual "
+        "branch",
+    ),
+    (
+        product(residual=SUM.double()),
+        "residual: expected float32 like x, got (4, 5, 8) float64 on cpu; convert it with .to(x.dtype)",
+    ),
+    (product(alpha=HALF), "alpha: expected a residual beside it, got none; pass the residual that it weighs"),
+    (
+        product(residual=SUM, alpha=torch.ones(2), num_frames=2),
+        "alpha: expected shape () or (1 or 2, 1 or 8), got shape (2,); pass one weight, or one for each frame and "
+        "channel",
+    ),
+    (
+        product(residual=SUM, alpha=HALF, num_frames=3),
+        "x: expected a batch divisible by num_frames=3, got batch 4; pass the number of frames that was folded into "
+        "the batch",
+    ),
+]
 ATTENTION_ERRORS = [
     (
         attend(MAPS),
@@ -321,6 +387,7 @@ ERRORS = [
     for op, cases in (
         ("group_norm", NORM_ERRORS),
         ("geglu", GATE_ERRORS),
+        ("linear", PRODUCT_ERRORS),
         ("temporal_conv", CONV_ERRORS),
         ("temporal_attention", ATTENTION_ERRORS),
     )

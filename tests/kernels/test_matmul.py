@@ -8,6 +8,8 @@ import torch
 from temporal_layers.kernels.dispatch import Impl
 from temporal_layers.kernels.geglu import geglu
 from temporal_layers.kernels.geglu import tiles as geglu_tiles
+from temporal_layers.kernels.linear import linear
+from temporal_layers.kernels.linear import tiles as linear_tiles
 from temporal_layers.kernels.matmul import Tile, family_of
 from temporal_layers.kernels.temporal_conv import temporal_conv
 from temporal_layers.kernels.temporal_conv import tiles as conv_tiles
@@ -32,6 +34,7 @@ def test_every_target_has_tiles(target, dtype):
     for rows in (64, 65536):
         assert conv_tiles.tile_for(target, 2, rows, 320, 320, dtype).rows >= 32
         assert geglu_tiles.tile_for(target, rows, 1280, 320, dtype).rows >= 32
+        assert linear_tiles.tile_for(target, rows, 320, 320, dtype).rows >= 32
 
 
 def test_a_tile_is_no_larger_than_the_problem():
@@ -58,23 +61,26 @@ def test_descriptors_are_for_whole_16_bytes_on_hopper(target, dtype, channels, t
     assert conv_tiles.takes_descriptors(target, dtype, *channels) is takes
 
 
-@pytest.mark.parametrize("tiles", [conv_tiles, geglu_tiles])
+@pytest.mark.parametrize("tiles", [conv_tiles, geglu_tiles, linear_tiles])
 def test_nothing_is_said_to_be_faster_before_it_is_measured(tiles):
     assert not tiles.FASTER
 
 
 def test_what_was_measured_to_be_faster(monkeypatch):
     x, tokens = torch.ones(2, 8, 1, 1), torch.ones(2, 8)
-    for tiles, entry in ((conv_tiles, ("sm_90", 16)), (geglu_tiles, ("sm_90", 8))):
+    entries = (conv_tiles, ("sm_90", 16)), (geglu_tiles, ("sm_90", 8)), (linear_tiles, ("sm_90", 8, 16))
+    for tiles, entry in entries:
         monkeypatch.setattr(tiles, "FASTER", frozenset([entry]))
         monkeypatch.setattr(tiles, "target_of", lambda x: "sm_90")
     assert conv_tiles.is_faster(x, 16) and geglu_tiles.is_faster(tokens)
     assert not conv_tiles.is_faster(x, 8) and not geglu_tiles.is_faster(tokens[:, :4])
+    assert linear_tiles.is_faster(tokens, 16) and not linear_tiles.is_faster(tokens, 8)
 
 
 CALLS = {
     "temporal_conv": lambda: temporal_conv(torch.ones(2, 8, 1, 1), torch.ones(16, 8, 1, 1), num_frames=1),
     "geglu": lambda: geglu(torch.ones(2, 8), torch.ones(4, 8)),
+    "linear": lambda: linear(torch.ones(2, 8), torch.ones(4, 8)),
 }
 
 

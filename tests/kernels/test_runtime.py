@@ -7,6 +7,7 @@ from torch import nn
 from temporal_layers.kernels.alpha_blend import alpha_blend, alpha_residual
 from temporal_layers.kernels.geglu import geglu
 from temporal_layers.kernels.group_norm import group_norm
+from temporal_layers.kernels.linear import linear
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.kernels.temporal_conv import temporal_conv
 from temporal_layers.kernels.testing import random_map, random_normal, random_tokens
@@ -32,6 +33,12 @@ def attend(module, x, num_frames, **options):
     return temporal_attention(tokens, tokens, tokens, num_frames=num_frames, num_heads=2, **options)
 
 
+def project(module, x, num_frames, **options):
+    tokens = x.permute(0, 2, 3, 1)
+    norm = {"norm_weight": module.norm_weight, "norm_eps": 1e-5}
+    return linear(tokens, module.weight, **norm, residual=tokens.flip(0), num_frames=num_frames, **options)
+
+
 def image_frames(x, num_frames):
     return torch.arange(x.shape[0], device=x.device) % num_frames == 0
 
@@ -48,6 +55,11 @@ OPS = {
     "group_norm": lambda: Op(
         lambda m, x, f: group_norm(x, 2, m.weight, m.bias, num_frames=f, activation="silu"),
         weight=(CHANNELS,), bias=(CHANNELS,),
+    ),
+    "linear": lambda: Op(project, weight=(CHANNELS, CHANNELS), norm_weight=(CHANNELS,)),
+    "linear_blend": lambda: Op(
+        lambda m, x, f: project(m, x, f, bias=m.bias, alpha=m.alpha),
+        weight=(CHANNELS, CHANNELS), norm_weight=(CHANNELS,), bias=(CHANNELS,), alpha=(1, CHANNELS),
     ),
     "temporal_attention": lambda: Op(attend),
     "temporal_attention_masked": lambda: Op(
