@@ -31,6 +31,7 @@ def configs(draw, frames):
     resblock = TemporalResBlockConfig(
         num_convs=draw(st.integers(1, 4)),
         kernel_size=draw(st.sampled_from([1, 3, 5])),
+        spatial_kernel_size=draw(st.sampled_from([1, 1, 3])),
         timestep_embedding=draw(st.booleans()),
         norm=norm,
         dropout=draw(st.sampled_from([0.0, 0.5])),
