@@ -37,7 +37,7 @@ POINTS = (0.0, 0.7, -0.7, 1.5, -1.5)  # and infinity
 PRODUCTS = len(POINTS) + 1
 
 TERMS = 160  # summed up by themselves, since the rounding of sums of products is what counts here
-WORKING_BYTES = 8 << 20  # of what is multiplied at a time, and of the products
+WORKING_BYTES = 16 << 20  # of what is multiplied at a time, and of the products
 
 # Where the form was measured to be faster than oneDNN's conv2d: with so many channels and pixels, and with no more than
 # so many multiplications for each of direct summation. Of a last group that is not full all products are made.
@@ -152,16 +152,18 @@ def forward(x: Tensor, weight: Tensor, added: Tensor | None, residual: Tensor | 
     out = weight.shape[0]
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     of_frames, back, of_taps = matrices(x, num_frames)
-    filters = torch.mm(of_taps, weight.reshape(-1, TAPS).t()).view(PRODUCTS, out, channels).transpose(1, 2)
     if share is not None:
         back = back * share
     result = x.new_empty(batch, num_frames, positions, out)
     every = None if added is None else added.expand(batch, num_frames, 1, out)
     for clip, place in blocks(x, out):
         values = torch.mm(of_frames, rows_of(x, clip, place)).view(PRODUCTS, -1, channels)
-        products = torch.bmm(values[:, :, :TERMS], filters[:, :TERMS])
-        for at in range(TERMS, channels, TERMS):
-            products.baddbmm_(values[:, :, at : at + TERMS], filters[:, at : at + TERMS])
+        products = values.new_empty(PRODUCTS, values.shape[1], out)
+        for first in range(0, channels, TERMS):
+            terms = slice(first, first + TERMS)
+            # Anew for each block: all filters at once would leave the cache, or fault in tens of megabytes.
+            filters = torch.mm(of_taps, weight[:, terms].reshape(-1, TAPS).t()).view(PRODUCTS, out, -1).transpose(1, 2)
+            torch.baddbmm(products, values[:, :, terms], filters, beta=float(first > 0), out=products)
         products = products.view(len(of_frames), -1)
         target = rows_of(result, clip, place)
         if residual is None:
