@@ -7,7 +7,9 @@ from torch.nn import functional as F
 
 from temporal_layers.config import check_at_least, check_choice
 from temporal_layers.frames import check_divisible
+from temporal_layers.joined import joins, norm_parameters, project
 from temporal_layers.kernels.dispatch import Impl
+from temporal_layers.kernels.linear import linear
 from temporal_layers.kernels.temporal_attention import temporal_attention
 from temporal_layers.plain import is_plain
 from temporal_layers.positions import RelativePositionBias, RotaryPosition, SinusoidalPosition, zero_
@@ -88,6 +90,8 @@ class TemporalAttention(nn.Module):
         num_frames: int,
         frame_mask: Bool[Tensor, "batch frames"] | None = None,
         cache: FrameCache | None = None,
+        norm: nn.Module | None = None,
+        residual: Float[Tensor, "n positions dim"] | None = None,
     ) -> Float[Tensor, "n positions dim"]:
         """Attend.
 
@@ -98,6 +102,8 @@ class TemporalAttention(nn.Module):
             frame_mask: ``(batch, num_frames)``, true for frames that may be attended to; for padded clips.
             cache: earlier frames of the clip, which are attended to as well; see :class:`FrameCache`. Cross-attention
                 has no use for it.
+            norm: layer norm of ``hidden_states`` to begin with, which the projections can take in.
+            residual: added to the result, which the last projection can do itself.
 
         Returns:
             ``(batch * num_frames, positions, dim)``.
@@ -110,14 +116,16 @@ class TemporalAttention(nn.Module):
         check_divisible("TemporalAttention", hidden_states.shape[0], num_frames)
         self._check_extras(context, frame_mask, hidden_states.shape[0] // num_frames)
         if self.context_dim is not None:
-            return self.to_out(self._cross(hidden_states, context, num_frames))
+            query = project(self.to_q, hidden_states, norm=norm)
+            return project(self.to_out, self._cross(query, context, num_frames), residual=residual)
         if cache is not None:
             self._check_cache(frame_mask)
         first_frame = 0 if cache is None else cache.num_frames
         if self.position is not None:
+            hidden_states, norm = hidden_states if norm is None else norm(hidden_states), None
             place = {"device": hidden_states.device, "dtype": hidden_states.dtype, "first_frame": first_frame}
             hidden_states = add_per_frame(hidden_states, self.position(num_frames, **place))
-        query, key, value = self._project(hidden_states)
+        query, key, value = self._project(hidden_states, norm)
         if self.rotary is not None:
             query = self.rotary(query, num_frames=num_frames, first_frame=first_frame)
             key = self.rotary(key, num_frames=num_frames, first_frame=first_frame)
@@ -140,7 +148,7 @@ class TemporalAttention(nn.Module):
             window=self.window,
             impl=self.impl,
         )
-        return self.to_out(attended)
+        return project(self.to_out, attended, residual=residual)
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: object = None) -> None:
         """Switch attention over frames to xformers or back; diffusers calls it on every layer of a model that has it.
@@ -174,12 +182,16 @@ class TemporalAttention(nn.Module):
         else:
             self.impl = Impl.XFORMERS if backend == "xformers" else Impl.AUTO
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, hidden_states: Tensor, norm: nn.Module | None) -> tuple[Tensor, ...]:
         """Queries, keys and values, in one product where that pays."""
-        linears = (self.to_q, self.to_k, self.to_v)
-        if not packing_pays(hidden_states, self.to_q) or not all(map(is_plain, linears)):
-            return tuple(linear(hidden_states) for linear in linears)
-        return F.linear(hidden_states, torch.cat([linear.weight for linear in linears])).chunk(3, dim=-1)
+        layers = (self.to_q, self.to_k, self.to_v)
+        packed = packing_pays(hidden_states, self.to_q) and all(map(is_plain, layers))
+        if norm is not None and not (packed and joins(norm, self.to_q)):
+            hidden_states, norm = norm(hidden_states), None
+        if not packed:
+            return tuple(layer(hidden_states) for layer in layers)
+        weight = torch.cat([layer.weight for layer in layers])
+        return linear(hidden_states, weight, **norm_parameters(norm)).chunk(3, dim=-1)
 
     def _check_cache(self, frame_mask: Tensor | None) -> None:
         check_streams("TemporalAttention", self)
@@ -209,14 +221,14 @@ class TemporalAttention(nn.Module):
                 "pass the text of each clip once, not once a frame"
             )
 
-    def _cross(self, hidden_states: Tensor, context: Tensor, num_frames: int) -> Tensor:
-        batch = hidden_states.shape[0] // num_frames
+    def _cross(self, query: Tensor, context: Tensor, num_frames: int) -> Tensor:
+        batch = query.shape[0] // num_frames
 
         # All positions of all frames of a clip share the context: one long query a clip, not one copy of the text each.
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-        query = self.to_q(hidden_states).unflatten(0, (batch, num_frames)).flatten(1, 2)
+        query = query.unflatten(0, (batch, num_frames)).flatten(1, 2)
         attended = F.scaled_dot_product_attention(heads(query), heads(self.to_k(context)), heads(self.to_v(context)))
         return attended.transpose(1, 2).flatten(2).unflatten(1, (num_frames, -1)).flatten(0, 1)
 

@@ -2,21 +2,27 @@
 
 from torch import Tensor, nn
 
-__all__ = ["has_plain_weight", "is_plain"]
+__all__ = ["has_plain_weight", "is_plain", "is_watched"]
 
 
-def has_plain_weight(linear: nn.Linear) -> bool:
+def has_plain_weight(layer: nn.Linear | nn.LayerNorm) -> bool:
     """Whether the weight is a tensor of numbers: quantised and sharded ones are of classes of their own."""
-    return type(linear.weight) in (nn.Parameter, Tensor)
+    return type(layer.weight) in (nn.Parameter, Tensor)
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether calling ``linear`` is the product with its weight and nothing else.
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does or tells more than its class: something hooks into it or stands in its place.
+
+    Offloading, for instance, brings the weights only then.
+    """
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return "forward" in module.__dict__ or any(hooks)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling ``layer`` is the product with its weight, or the layer norm with it, and nothing else.
 
     It is not where PEFT, quantisation, parametrisation or FSDP put another class of layer or of weight in its place, or
-    where something hooks into the call: offloading, for instance, brings the weights only then.
+    where something hooks into the call.
     """
-    hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks
-    return (
-        type(linear) is nn.Linear and has_plain_weight(linear) and "forward" not in linear.__dict__ and not any(hooks)
-    )
+    return type(layer) in (nn.Linear, nn.LayerNorm) and has_plain_weight(layer) and not is_watched(layer)

@@ -10,10 +10,13 @@ from temporal_layers.autocast import autocast_to
 from temporal_layers.blend import AlphaBlend
 from temporal_layers.config import TemporalTransformerConfig
 from temporal_layers.frames import check_divisible
+from temporal_layers.joined import joins, norm_parameters, project
 from temporal_layers.kernels.geglu import geglu
 from temporal_layers.kernels.group_norm import group_norm
+from temporal_layers.kernels.layout import is_channels_last
+from temporal_layers.kernels.linear import linear
 from temporal_layers.memory import over_positions, rows_within
-from temporal_layers.plain import has_plain_weight
+from temporal_layers.plain import has_plain_weight, is_plain, is_watched
 from temporal_layers.positions import SinusoidalMLPPosition, zero_
 from temporal_layers.streaming import FrameCache, check_streams
 
@@ -23,15 +26,17 @@ __all__ = ["TemporalTransformerBlock"]
 class GatedLinear(nn.Linear):
     """A projection to value and gate which can give their product, value times exact GELU of gate, at once.
 
-    An option of the call, so that hooks run; PEFT's wrapper, which knows nothing of it, gets the plain projection.
+    An option of the call, so that hooks run; PEFT's wrapper, which knows nothing of it, gets the plain projection. The
+    layer norm in front is another one.
     """
 
-    def forward(self, hidden_states: Float[Tensor, "*rows dim"], *, gated: bool = False) -> Float[Tensor, "*rows out"]:
-        if not gated:
-            return super().forward(hidden_states)
-        if has_plain_weight(self):
-            return geglu(hidden_states, self.weight, self.bias)
-        return gate(super().forward(hidden_states))
+    def forward(
+        self, hidden_states: Float[Tensor, "*rows dim"], *, gated: bool = False, norm: nn.LayerNorm | None = None
+    ) -> Float[Tensor, "*rows out"]:
+        if gated and has_plain_weight(self):
+            return geglu(hidden_states, self.weight, self.bias, **norm_parameters(norm))
+        projected = super().forward(hidden_states if norm is None else norm(hidden_states))
+        return gate(projected) if gated else projected
 
 
 def gate(projected: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows inner"]:
@@ -50,10 +55,38 @@ class GEGLUFeedForward(nn.Module):
         if zero_init:
             zero_(self.proj_out)
 
-    def forward(self, hidden_states: Float[Tensor, "n positions dim"]) -> Float[Tensor, "n positions dim"]:
-        if isinstance(self.proj_in, GatedLinear):
-            return self.proj_out(self.proj_in(hidden_states, gated=True))
-        return self.proj_out(gate(self.proj_in(hidden_states)))
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "n positions dim"],
+        *,
+        norm: nn.Module | None = None,
+        residual: Float[Tensor, "n positions dim"] | None = None,
+    ) -> Float[Tensor, "n positions dim"]:
+        gates_itself = isinstance(self.proj_in, GatedLinear)
+        if norm is not None and not (gates_itself and joins(norm, self.proj_in)):
+            hidden_states, norm = norm(hidden_states), None
+        options = {"gated": True, "norm": norm} if gates_itself else {}
+        projected = self.proj_in(hidden_states, **options)
+        return project(self.proj_out, projected if gates_itself else gate(projected), residual=residual)
+
+
+def added(
+    tokens: Float[Tensor, "n positions dim"], norm: nn.Module, layer: nn.Module, *others: Tensor | None, **options
+) -> Float[Tensor, "n positions dim"]:
+    """``tokens + layer(norm(tokens), ...)``, which the layer does itself unless a hook expects the update alone."""
+    if type(layer) in (TemporalAttention, GEGLUFeedForward) and not is_watched(layer):
+        return layer(tokens, *others, norm=norm, residual=tokens, **options)
+    return tokens + layer(norm(tokens), *others, **options)
+
+
+def as_tokens(hidden_states: Float[Tensor, "n ..."]) -> Float[Tensor, "n positions dim"]:
+    """Maps as tokens, and tokens as they are."""
+    return hidden_states.permute(0, 2, 3, 1).flatten(1, 2) if hidden_states.ndim == 4 else hidden_states
+
+
+def as_maps(tokens: Float[Tensor, "n positions dim"], like: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+    """Tokens as maps of the size of ``like``, if those are maps."""
+    return tokens.unflatten(1, like.shape[-2:]).permute(0, 3, 1, 2) if like.ndim == 4 else tokens
 
 
 class InputGroupNorm(nn.GroupNorm):
@@ -70,7 +103,9 @@ class InputGroupNorm(nn.GroupNorm):
     ) -> Float[Tensor, "n dim height width"]:
         span = num_frames if self.over == "clip" else 1
         maps = autocast_to(maps, self.weight.dtype)
-        return group_norm(maps, self.num_groups, self.weight, self.bias, num_frames=span, eps=self.eps)
+        # The order of tokens, whatever that of the maps: a norm turns it round at no cost.
+        options = {"num_frames": span, "eps": self.eps, "memory_format": torch.channels_last}
+        return group_norm(maps, self.num_groups, self.weight, self.bias, **options)
 
 
 class TemporalTransformerBlock(nn.Module):
@@ -203,16 +238,21 @@ class TemporalTransformerBlock(nn.Module):
         self._check(hidden_states, num_frames)
         if cache is not None:
             check_streams("TemporalTransformerBlock", self.config)
-        is_map = hidden_states.ndim == 4
         normed = hidden_states if self.in_norm is None else self.in_norm(hidden_states, num_frames=num_frames)
-        tokens = normed.permute(0, 2, 3, 1).flatten(1, 2) if is_map else normed
+        tokens = as_tokens(normed)
         size = rows_within(memory_budget, self._position_bytes(tokens), tokens.shape[1])
         if cache is not None:
             size = cache.pieces(self, size)
-        tokens = over_positions(lambda x: self._branch(x, context, num_frames, frame_mask, cache), tokens, size)
-        if is_map:
-            tokens = tokens.unflatten(1, hidden_states.shape[-2:]).permute(0, 3, 1, 2)
-        return self._merge(hidden_states, tokens, num_frames, image_only)
+        if image_only is None and size >= tokens.shape[1] and self._ends_itself(hidden_states):
+            mixed = self._mix(tokens, context, num_frames, frame_mask, cache)
+            return self._ended(hidden_states, mixed, num_frames)
+
+        def branch(tokens: Tensor) -> Tensor:
+            mixed = self._mix(tokens, context, num_frames, frame_mask, cache)
+            return mixed if self.proj_out is None else self.proj_out(mixed)
+
+        result = over_positions(branch, tokens, size)
+        return self._merge(hidden_states, as_maps(result, hidden_states), num_frames, image_only)
 
     def _check(self, hidden_states: Tensor, num_frames: int) -> None:
         shape = tuple(hidden_states.shape)
@@ -232,7 +272,7 @@ class TemporalTransformerBlock(nn.Module):
         widest = max([self.dim, *(layer.num_heads * layer.head_dim for layer in self.attentions)])
         return tokens.shape[0] * widest * tokens.element_size()
 
-    def _branch(
+    def _mix(
         self,
         tokens: Tensor,
         context: Tensor | None,
@@ -240,6 +280,7 @@ class TemporalTransformerBlock(nn.Module):
         frame_mask: Tensor | None,
         cache: FrameCache | None,
     ) -> Tensor:
+        """The branch up to the projection out."""
         if self.proj_in is not None:
             tokens = self.proj_in(tokens)
         if self.position is not None:
@@ -247,19 +288,34 @@ class TemporalTransformerBlock(nn.Module):
             place = {"device": tokens.device, "dtype": tokens.dtype, "first_frame": first_frame}
             tokens = add_per_frame(tokens, self.position(num_frames, **place))
         if self.ff_in is not None:
-            tokens = tokens + self.ff_in(self.norm_in(tokens))
+            tokens = added(tokens, self.norm_in, self.ff_in)
         for norm, attention in zip(self.norms, self.attentions, strict=True):
-            attended = attention(
-                norm(tokens),
+            tokens = added(
+                tokens,
+                norm,
+                attention,
                 None if attention.context_dim is None else context,
                 num_frames=num_frames,
                 frame_mask=None if attention.context_dim is not None else frame_mask,
                 cache=cache,
             )
-            tokens = tokens + attended
-        if self.ff_out is not None:
-            tokens = tokens + self.ff_out(self.norm_out(tokens))
-        return tokens if self.proj_out is None else self.proj_out(tokens)
+        return tokens if self.ff_out is None else added(tokens, self.norm_out, self.ff_out)
+
+    def _ends_itself(self, hidden_states: Tensor) -> bool:
+        """Whether the projection out may add the input: it is only its weights, and the input lies as tokens."""
+        return (
+            self.proj_out is not None
+            and is_plain(self.proj_out)
+            and (hidden_states.ndim == 3 or is_channels_last(hidden_states))
+        )
+
+    def _ended(self, hidden_states: Tensor, mixed: Tensor, num_frames: int) -> Tensor:
+        def end(alpha: Tensor) -> Tensor:
+            weight, bias, residual = self.proj_out.weight, self.proj_out.bias, as_tokens(hidden_states)
+            ended = linear(mixed, weight, bias, residual=residual, alpha=alpha, num_frames=num_frames)
+            return as_maps(ended, hidden_states)
+
+        return self.blend.ended_by(hidden_states, end, num_frames=num_frames)
 
     def _merge(self, hidden_states: Tensor, result: Tensor, num_frames: int, image_only: Tensor | None) -> Tensor:
         # Behind a projection ``result`` is an update to the input; without one it is the whole temporal branch.
