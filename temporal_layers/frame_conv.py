@@ -43,24 +43,18 @@ class FrameConv(nn.Conv2d):
         maps = autocast_to(maps, self.weight.dtype)
         if padded:
             return F.conv2d(maps, self.weight, self.bias)
-        residual = None if residual is None else residual.flatten(2).unsqueeze(-1)
-        return self._on_clips(maps.unsqueeze(-1), self.weight, temb, residual, alpha).squeeze(-1)
-
-    def _on_clips(
-        self, clips: Tensor, weight: Tensor, temb: Tensor | None, residual: Tensor | None, alpha: Tensor | None
-    ) -> Tensor:
-        num_frames = clips.shape[2]
+        num_frames = maps.shape[2]
         folded = temporal_conv(
-            fold_frames(clips),
-            weight,
+            maps.transpose(1, 2).flatten(0, 1).unsqueeze(-1),
+            self.weight,
             self.bias,
             num_frames=num_frames,
             temb=temb,
-            residual=residual,
+            residual=None if residual is None else residual.flatten(2).unsqueeze(-1),
             alpha=alpha,
             causal=self.causal,
         )
-        return unfold_frames(folded, num_frames)
+        return folded.squeeze(-1).unflatten(0, (-1, num_frames)).transpose(1, 2)
 
 
 class CausalFrameConv(FrameConv):
@@ -95,7 +89,18 @@ class ClipConv(FrameConv):
         weight = self.weight.unflatten(1, (clips.shape[1], -1))
         if padded:
             return spatial.convolve(clips, weight, self.bias, 0, 0)
-        return self._on_clips(clips, weight, temb, residual, alpha)
+        num_frames = clips.shape[2]
+        folded = temporal_conv(
+            fold_frames(clips),
+            weight,
+            self.bias,
+            num_frames=num_frames,
+            temb=temb,
+            residual=residual,
+            alpha=alpha,
+            causal=self.causal,
+        )
+        return unfold_frames(folded, num_frames)
 
 
 class CausalClipConv(ClipConv):
@@ -136,22 +141,23 @@ def convolve(
         alpha: weight of the residual.
         cache: the frames before.
     """
-    if isinstance(_base(conv), ClipConv):
+    base = conv if isinstance(conv, FrameConv) else conv.base_layer
+    over_space = isinstance(base, ClipConv)
+    if over_space:
         maps = maps.unflatten(3, size)
-    if cache is None and isinstance(conv, FrameConv):
-        return conv(maps, temb=temb, residual=residual, alpha=alpha).flatten(3)
+    if cache is None and base is conv:
+        maps = conv(maps, temb=temb, residual=residual, alpha=alpha)
+        return maps.flatten(3) if over_space else maps
     assert residual is None
     num_frames = maps.shape[2]
-    maps = (conv(maps) if cache is None else _behind_others(conv, maps, cache)).flatten(3)
+    if cache is None:
+        maps = conv(maps).flatten(3)
+    else:
+        maps = _behind_others(conv, maps, cache, base.taps(maps.shape[1]) - 1).flatten(3)
     return maps if temb is None else maps + temb.unflatten(0, (-1, num_frames)).transpose(1, 2).unsqueeze(-1)
 
 
-def _base(conv: nn.Module) -> nn.Module:
-    return getattr(conv, "base_layer", conv)
-
-
-def _behind_others(conv: nn.Module, maps: Tensor, cache: FrameCache) -> Tensor:
-    reach = _base(conv).taps(maps.shape[1]) - 1
+def _behind_others(conv: nn.Module, maps: Tensor, cache: FrameCache, reach: int) -> Tensor:
     (frames,) = cache.extend(conv, (maps.movedim(1, -1),), keep=reach)
     missing = reach + maps.shape[2] - frames.shape[1]  # at the start of a stream; zero there, as in front of a clip
     extended = F.pad(frames, (*(0, 0) * (frames.ndim - 2), missing, 0)).movedim(-1, 1)

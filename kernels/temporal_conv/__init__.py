@@ -35,7 +35,8 @@ def temporal_conv(
     the ``(batch, channels, num_frames, height*width)`` map on which this is a 2-D convolution.
 
     With a weight that has an extent in space as well, maps are zero beyond their borders too, and keep their size. On a
-    CPU that is ``conv3d`` on a view of the maps, elsewhere a 2-D convolution over stacked frames.
+    CPU that is ``conv3d`` on a view of the maps, except for small clips in fp32; for these and elsewhere it is a 2-D
+    convolution over stacked frames.
 
     Args:
         x: Maps with the frames folded innermost into the batch. Any strides, any floating dtype; channels-last
@@ -73,10 +74,10 @@ def temporal_conv(
     op = "temporal_conv"
     check_convolution(op, x, weight, bias, num_frames)
     check_epilogue(op, x, weight, num_frames, temb, residual, alpha)
+    preferred, library, refused = is_faster(x, weight.shape[0]), reference, refusal(x.dtype)
     if weight.dim() == 5 and weight.shape[3:].numel() == 1:
         weight = weight.squeeze(-1)
-    preferred, library, refused = is_faster(x, weight.shape[0]), reference, refusal(x.dtype)
-    if weight.dim() == 5:
+    elif weight.dim() == 5:
         library, refused = spatial, ("a (kernel, 1, 1) weight for 'fused'", f"one of {tuple(weight.shape[2:])}")
     if resolve_impl(op, impl, x, has_fused=True, refusal=refused, preferred=preferred) is Impl.FUSED:
         from temporal_layers.kernels.temporal_conv import fused  # imports triton
@@ -101,9 +102,9 @@ def check_convolution(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, n
             op, "weight", f"(out_channels, {channels}, kernel, 1) or (out_channels, {channels}, kernel, kernel_height, "
             "kernel_width)", f"shape {tuple(weight.shape)}", "pass the weight of a Conv3d and match x's channels",
         )  # fmt: skip
-    for name, size in zip(("", " height", " width"), weight.shape[2:], strict=False):
+    for name, size in zip(("kernel", "kernel height", "kernel width"), weight.shape[2:], strict=False):
         if size % 2 != 1:
-            raise invalid(op, "weight", f"an odd kernel{name}", f"kernel{name} {size}", "choose 1, 3, 5, ...")
+            raise invalid(op, "weight", f"an odd {name}", f"{name} {size}", "choose 1, 3, 5, ...")
     check_alike(op, "weight", weight, x, "x")
     if bias is not None:
         check_shape(

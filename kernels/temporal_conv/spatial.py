@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from temporal_layers.kernels.alpha_blend.reference import alpha_residual
-from temporal_layers.kernels.layout import from_clips, to_clips
 
 
 def temporal_conv(
@@ -27,11 +26,11 @@ def temporal_conv(
     causal: bool,
 ) -> Tensor:
     """Convolution with a weight ``(out, in, kernel, kernel_height, kernel_width)`` and what is added to it."""
-    height, width = x.shape[2:]
     reach = weight.shape[2] - 1
     before = reach if causal else reach // 2
-    clips = to_clips(x, num_frames).unflatten(3, (height, width))
-    update = from_clips(convolve(clips, weight, bias, before, reach - before).flatten(3), height, width)
+    clips = x.permute(0, 2, 3, 1).unflatten(0, (-1, num_frames)).permute(0, 4, 1, 2, 3)
+    rows = convolve(clips, weight, bias, before, reach - before).permute(0, 2, 3, 4, 1)
+    update = rows.contiguous().flatten(0, 1).permute(0, 3, 1, 2)
     if temb is not None:
         per_frame = temb if temb.shape[0] == x.shape[0] else temb.repeat_interleave(num_frames, 0)
         update = update + per_frame.to(update.dtype)[:, :, None, None]
@@ -47,7 +46,7 @@ def convolve(clips: Tensor, weight: Tensor, bias: Tensor | None, before: int, be
     """The convolution alone.
 
     Args:
-        clips: ``(batch, in, frames, height, width)``, channels-last in memory.
+        clips: ``(batch, in, frames, height, width)``; not copied if channels-last in memory.
         weight: ``(out, in, kernel, kernel_height, kernel_width)``, odd in space.
         bias: ``(out,)`` or None.
         before: Frames of zeros in front of a clip.
@@ -56,8 +55,28 @@ def convolve(clips: Tensor, weight: Tensor, bias: Tensor | None, before: int, be
     Returns:
         Channels-last ``(batch, out, frames', height, width)``.
     """
-    form = on_clips if clips.device.type == "cpu" else on_stacked_frames
+    # One clip may come with any stride between clips, in which PyTorch would not see that it is channels-last.
+    rows = clips.permute(0, 2, 3, 4, 1)
+    clips = rows.reshape(-1).view(rows.shape).permute(0, 4, 1, 2, 3)
+    if clips.shape[2] == 1 and before + behind == weight.shape[2] - 1:
+        # One tap meets the only frame. With all of them, conv3d in bf16 of a few channels is wrong in torch 2.13: it
+        # returns what was in memory.
+        weight, before, behind = weight[:, :, before : before + 1], 0, 0
+    form = on_stacked_frames if takes_stacked_frames(clips) else on_clips
     return form(clips, weight, bias, before, behind)
+
+
+def takes_stacked_frames(clips: Tensor) -> bool:
+    """Whether 2-D convolutions are the better ones.
+
+    On a CPU they are where PyTorch leaves a small clip in fp32 to its own ``conv3d`` instead of oneDNN's, which goes by
+    these dimensions and takes up to four times as long.
+    """
+    if clips.device.type != "cpu":
+        return True
+    if torch.compiler.is_compiling() or len(clips) > 1 or clips.dtype != torch.float32:
+        return False
+    return clips.shape[1:4].numel() <= 20_480
 
 
 def on_clips(clips: Tensor, weight: Tensor, bias: Tensor | None, before: int, behind: int) -> Tensor:

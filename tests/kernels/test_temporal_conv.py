@@ -1,6 +1,7 @@
 """Convolution over frames against a sum over taps in float64, and against PyTorch's conv3d."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -195,9 +196,8 @@ def volume(x, weight, bias, num_frames, causal):
 
 @pytest.fixture(params=["clips", "stacked frames"])
 def library(request, monkeypatch):
-    """The form of the library's convolution: that of a CPU, and that of all other devices, which a CPU has too."""
-    if request.param == "stacked frames":
-        monkeypatch.setattr(spatial, "on_clips", spatial.on_stacked_frames)
+    """The form of the library's convolution, of which a CPU takes both."""
+    monkeypatch.setattr(spatial, "takes_stacked_frames", lambda clips: request.param == "stacked frames")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the form stays the same for all examples
@@ -246,6 +246,29 @@ def test_with_space_matches_the_sum_over_taps(
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 3, 5, 12, 16])
+def test_with_space_single_frames(library, dtype, causal, channels):
+    # conv3d in bf16 of single frames with an odd number of channels, or 12, fills its result with what was in memory.
+    x, weight = random_map(4, channels, 3, 5, dtype=dtype), random_normal((6, channels, 3, 3, 3), 1).to(dtype)
+    options = {"bias": None, "num_frames": 1, "causal": causal}
+    tensors = [
+        with_gradients(partial(function, **options), x.to(wide), weight.to(wide), dtype=dtype)
+        for function, wide in ((temporal_conv, dtype), (volume, torch.float64), (single_frames, dtype))
+    ]
+    for name, *results in zip(["result", "x", "weight"], *tensors, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(*results[:2], rtol=1e-12, atol=1e-12)
+        else:
+            assert_within_budget(*results, what=name)
+
+
+def single_frames(x, weight, bias, num_frames, causal):
+    """PyTorch's convolution of frames that see no others."""
+    return F.conv2d(x, weight[:, :, -1 if causal else weight.shape[2] // 2], bias, padding="same")
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_gradients_with_space(library, causal):
     x = random_map(4, 2, 2, 3, dtype=torch.float64).requires_grad_()
     weight, bias = random_normal((3, 2, 3, 3, 1), 1).requires_grad_(), random_normal((3,), 2).requires_grad_()
@@ -280,17 +303,36 @@ def test_a_weight_of_conv3d_without_an_extent_in_space_is_one_over_frames(monkey
     assert torch.equal(temporal_conv(x, weight, num_frames=3), temporal_conv(x, weight[..., 0], num_frames=3))
 
 
-def test_with_space_a_channels_last_input_is_not_copied(monkeypatch):
-    x, weight = random_map(6, 4, 5, 2), torch.randn(4, 4, 3, 3, 3)
-    seen, conv3d = [], F.conv3d
+@pytest.mark.parametrize("frames", [3, 6])
+def test_with_space_a_channels_last_input_is_not_copied(monkeypatch, frames):
+    x, weight = random_map(6, 64, 60, 2).requires_grad_(), torch.randn(64, 64, 3, 3, 3)
+    strides, conv3d = [], F.conv3d
 
     def spy(clips, *args, **kwargs):
-        seen.append(clips)
-        return conv3d(clips, *args, **kwargs)
+        assert clips.data_ptr() == x.data_ptr()
+        result = conv3d(clips, *args, **kwargs)
+        strides.extend([clips.stride(), result.stride()])
+        result.register_hook(lambda gradient: strides.append(gradient.stride()))
+        return result
 
     monkeypatch.setattr(F, "conv3d", spy)
-    temporal_conv(x, weight, num_frames=3)
-    assert seen[0].data_ptr() == x.data_ptr() and seen[0].is_contiguous(memory_format=torch.channels_last_3d)
+    temporal_conv(x, weight, num_frames=frames).backward(random_map(6, 64, 60, 2, seed=1))
+    # By the strides, that between clips included, PyTorch tells which layout a tensor has.
+    assert strides == [(frames * 7680, 1, 7680, 128, 64)] * 3
+
+
+@pytest.mark.parametrize(
+    ("clips", "expected"),
+    [
+        (torch.empty(1, 64, 4, 80, 1), True),
+        (torch.empty(1, 64, 4, 81, 1), False),
+        (torch.empty(2, 64, 4, 4, 4), False),
+        (torch.empty(1, 64, 4, 4, 4, dtype=torch.bfloat16), False),
+        (torch.empty(2, 64, 4, 4, 4, device="meta"), True),
+    ],
+)
+def test_where_frames_are_stacked(clips, expected):
+    assert spatial.takes_stacked_frames(clips) is expected
 
 
 def test_with_space_an_empty_batch(library):

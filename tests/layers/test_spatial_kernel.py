@@ -129,14 +129,17 @@ def test_parameters_have_the_names_of_before_and_four_dimensions(kernel, space, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@given(kernel=odd, space=st.sampled_from([3, 5]), causal=st.booleans(), channels_last=st.booleans())
-def test_a_fresh_convolution_is_the_identity(dtype, kernel, space, causal, channels_last):
+@given(
+    kernel=odd, space=st.sampled_from([3, 5]), causal=st.booleans(), channels_last=st.booleans(),
+    frames=st.sampled_from([1, 3, 6]),
+)  # fmt: skip
+def test_a_fresh_convolution_is_the_identity(dtype, kernel, space, causal, channels_last, frames):
     config = TemporalConvConfig(kernel_size=kernel, spatial_kernel_size=space, causal=causal)
     layer = TemporalConv(5, config=config).to(dtype)
     maps = torch.randn(6, 5, 3, 4).to(dtype)
     if channels_last:
         maps = maps.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(layer(maps, num_frames=3), maps)
+    assert torch.equal(layer(maps, num_frames=frames), maps)
 
 
 def influence(layer, frames=5, height=7, width=7):
