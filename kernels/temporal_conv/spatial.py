@@ -2,10 +2,10 @@
 
 On a CPU it is ``conv3d`` on the view of channels-last maps as channels-last clips: of the forms tried (contiguous
 clips, stacked frames, a sum over frames of 2-D convolutions, frames as output channels) the fastest in 16 bits, and in
-fp32 within a tenth of it. Elsewhere it is a 2-D convolution over the frames that a result sees, stacked along the
-channels: for three frames three times the input in memory, but none of what befell ``conv3d`` on GPUs, which was wrong
-in bf16 with cuDNN 9.8 to 9.10 (pytorch #163539) and takes a multiple of its memory in torch 2.9 (#166643). No form was
-timed on a GPU.
+fp32 within a tenth of it but for small clips. For these and elsewhere it is a 2-D convolution over the frames that a
+result sees, stacked along the channels: for three frames three times the input in memory, but none of what befell
+``conv3d`` on GPUs, which was wrong in bf16 with cuDNN 9.8 to 9.10 (pytorch #163539) and takes a multiple of its memory
+in torch 2.9 (#166643). No form was timed on a GPU.
 """
 
 import torch
@@ -53,7 +53,7 @@ def convolve(clips: Tensor, weight: Tensor, bias: Tensor | None, before: int, be
         behind: Likewise behind it. Without any the result has ``kernel - 1`` frames less than the clip.
 
     Returns:
-        Channels-last ``(batch, out, frames', height, width)``.
+        ``(batch, out, frames', height, width)``, channels-last in memory if the library's convolution leaves it so.
     """
     # One clip may come with any stride between clips, in which PyTorch would not see that it is channels-last.
     rows = clips.permute(0, 2, 3, 4, 1)
