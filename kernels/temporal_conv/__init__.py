@@ -83,7 +83,7 @@ def temporal_conv(
         from temporal_layers.kernels.temporal_conv import fused  # imports triton
 
         return fused.on_maps(x, weight, bias, temb, residual, alpha, num_frames, causal)
-    if impl != "auto" or alpha is None:
+    if impl != "auto" or alpha is None or x.device.type == "cpu":
         return library.temporal_conv(x, weight, bias, temb, residual, alpha, num_frames, causal)
     # A library's convolution may be the faster one where the fused blend is faster than its reference.
     update = library.temporal_conv(x, weight, bias, temb, None, None, num_frames, causal)

@@ -31,9 +31,15 @@ def temporal_conv(
     """Convolution over frames and what is added to it; see the public function for the contract."""
     if (alpha is None or alpha.dim() == 0) and winograd.is_faster(x, weight, num_frames, causal):
         return by_winograd(x, weight, bias, temb, residual, alpha, num_frames)
-    update = convolve(x, weight, bias, num_frames, causal)
+    return finish(convolve(x, weight, bias, num_frames, causal), temb, residual, alpha, num_frames)
+
+
+def finish(
+    update: Tensor, temb: Tensor | None, residual: Tensor | None, alpha: Tensor | None, num_frames: int
+) -> Tensor:
+    """What stands behind a convolution: the embedding, and the blend of the residual with its sum with the update."""
     if temb is not None:
-        per_frame = temb if temb.shape[0] == x.shape[0] else temb.repeat_interleave(num_frames, 0)
+        per_frame = temb if temb.shape[0] == update.shape[0] else temb.repeat_interleave(num_frames, 0)
         update = update + per_frame.to(update.dtype)[:, :, None, None]
     if residual is None:
         return update

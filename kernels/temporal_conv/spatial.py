@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from temporal_layers.kernels.alpha_blend.reference import alpha_residual
+from temporal_layers.kernels.temporal_conv.reference import finish
 
 
 def temporal_conv(
@@ -30,16 +30,7 @@ def temporal_conv(
     before = reach if causal else reach // 2
     clips = x.permute(0, 2, 3, 1).unflatten(0, (-1, num_frames)).permute(0, 4, 1, 2, 3)
     rows = convolve(clips, weight, bias, before, reach - before).permute(0, 2, 3, 4, 1)
-    update = rows.contiguous().flatten(0, 1).permute(0, 3, 1, 2)
-    if temb is not None:
-        per_frame = temb if temb.shape[0] == x.shape[0] else temb.repeat_interleave(num_frames, 0)
-        update = update + per_frame.to(update.dtype)[:, :, None, None]
-    if residual is None:
-        return update
-    residual = residual.contiguous(memory_format=torch.channels_last)
-    if alpha is None:
-        return residual + update.to(residual.dtype)
-    return alpha_residual(residual, update.to(residual.dtype), alpha, num_frames, 1, None)
+    return finish(rows.contiguous().flatten(0, 1).permute(0, 3, 1, 2), temb, residual, alpha, num_frames)
 
 
 def convolve(clips: Tensor, weight: Tensor, bias: Tensor | None, before: int, behind: int) -> Tensor:

@@ -92,8 +92,8 @@ def transforms(num_frames: int) -> tuple[list[list[float]], ...]:
     largest entry of one, so that the values at all points are about as large as the frames.
 
     Returns:
-        ``(PRODUCTS * groups, num_frames)`` from frames to values, points outermost; ``(num_frames, PRODUCTS * groups)``
-        from products to results; ``(PRODUCTS, TAPS)`` from taps to values.
+        ``(PRODUCTS * groups, num_frames)`` turns frames into values, points outermost; ``(num_frames, PRODUCTS *
+        groups)`` products into results; ``(PRODUCTS, TAPS)`` taps into values.
     """
     inverse = torch.linalg.inv(powers(PRODUCTS))
     scale = inverse.abs().amax(0)
