@@ -140,8 +140,11 @@ def convolve(
             with a cache.
         alpha: weight of the residual.
         cache: the frames before.
+
+    Raises:
+        ValueError: if ``conv`` wraps a causal convolution, or one over space, by a method that would compute another.
     """
-    base = conv if isinstance(conv, FrameConv) else conv.base_layer
+    base = conv if isinstance(conv, FrameConv) else _inside(conv)
     over_space = isinstance(base, ClipConv)
     if over_space:
         maps = maps.unflatten(3, size)
@@ -155,6 +158,25 @@ def convolve(
     else:
         maps = _behind_others(conv, maps, cache, base.taps(maps.shape[1]) - 1).flatten(3)
     return maps if temb is None else maps + temb.unflatten(0, (-1, num_frames)).transpose(1, 2).unsqueeze(-1)
+
+
+def _inside(wrapper: nn.Module) -> FrameConv:
+    """The convolution that a wrapper holds: as PEFT's adapters do, or its trained copies of whole layers."""
+    base = getattr(wrapper, "base_layer", None) or getattr(wrapper, "original_module", None)
+    if not isinstance(base, FrameConv):
+        raise ValueError(
+            f"TemporalResBlock: convs: expected a FrameConv or PEFT's wrapper of one, got {type(wrapper).__name__}; "
+            "wrap the block instead"
+        )
+    # PEFT's other methods call PyTorch's convolution with the weight that they make.
+    calls_factors = hasattr(wrapper, "lora_A") and not len(getattr(wrapper, "lora_magnitude_vector", ()))
+    if (base.causal or isinstance(base, ClipConv)) and not calls_factors and hasattr(wrapper, "base_layer"):
+        raise ValueError(
+            f"TemporalResBlock: convs: expected LoRA without DoRA around a {type(base).__name__}, got "
+            f"{type(wrapper).__module__}.{type(wrapper).__name__}; it would convolve without regard to causality or "
+            "space: choose LoRA, or leave the convolutions out of target_modules"
+        )
+    return base
 
 
 def _behind_others(conv: nn.Module, maps: Tensor, cache: FrameCache, reach: int) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from temporal_layers import TemporalResBlock, TemporalResBlockConfig, TemporalTransformerBlock
@@ -71,12 +71,41 @@ def test_adapted_merged_and_unmerged_are_the_sum_of_the_weights(name, randomised
 
 
 @pytest.mark.parametrize("config", [LoraConfig(use_dora=True), LoHaConfig()])
-def test_methods_that_call_the_convolution_of_pytorch_fail_on_kernels_with_space(config):
+@pytest.mark.parametrize("options", [{"space": 3}, {"causal": True}])
+def test_methods_that_call_the_convolution_of_pytorch_are_refused_where_it_is_another(config, options):
     config.target_modules = ["convs.0"]
-    layer = resblock(space=3)
+    layer = resblock(**options)
     inject_adapter_in_model(config, layer)
-    with pytest.raises(RuntimeError, match=r"must match the size|got input of size"):
+    with pytest.raises(ValueError, match=r"TemporalResBlock: convs: expected LoRA without DoRA around a .*, got peft"):
         layer(torch.randn(FRAMES, 8, 2, 3), torch.randn(FRAMES, 6), num_frames=FRAMES)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(use_dora=True), LoHaConfig()])
+def test_they_do_on_plain_convolutions_over_frames(config):
+    """Merged into the weight, the layer computes the same."""
+    config.target_modules, config.init_weights = ["convs.0"], False
+    layer = resblock().double()
+    torch.nn.init.normal_(layer.convs[1].weight)
+    inputs = torch.randn(FRAMES, 8, 2, 3).double(), torch.randn(FRAMES, 6).double()
+    inject_adapter_in_model(config, layer)
+    layer.double()
+    expected = layer(*inputs, num_frames=FRAMES)
+    layer.convs[0].merge()
+    torch.testing.assert_close(layer(*inputs, num_frames=FRAMES), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"space": 3}, {"causal": True}])
+def test_whole_convolutions_that_peft_trains(options):
+    layer = resblock(**options)
+    torch.nn.init.normal_(layer.convs[1].weight)
+    inputs = torch.randn(FRAMES, 8, 2, 3), torch.randn(FRAMES, 6)
+    expected = layer(*inputs, num_frames=FRAMES)
+    config = LoraConfig(target_modules=["temb_proj"], modules_to_save=["convs.0"])
+    wrapped = get_peft_model(layer, config)
+    torch.testing.assert_close(wrapped(*inputs, num_frames=FRAMES), expected)
+    with torch.no_grad():
+        layer.convs[0].modules_to_save["default"].weight.mul_(2)
+    assert not torch.allclose(wrapped(*inputs, num_frames=FRAMES), expected)
 
 
 @pytest.mark.parametrize("name", CASES)
