@@ -59,8 +59,9 @@ def project(
     second = first
     if NORMED:
         origin = origin_of(x_ptr, row, rows, IN, BLOCK_K if CENTRED else 1)
-        total = tl.zeros([row.shape[0]], tl.float32)
-        squares = tl.zeros([row.shape[0]], tl.float32)
+        # Eight neighbours are one thread's, so that threads meet only behind the loop.
+        total = tl.zeros([row.shape[0], BLOCK_K // 8], tl.float32)
+        squares = tl.zeros([row.shape[0], BLOCK_K // 8], tl.float32)
     for step in range((IN + BLOCK_K - 1) // BLOCK_K):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x_inside, w_inside = (row < rows)[:, None], (column < OUT)[:, None]
@@ -74,8 +75,9 @@ def project(
             distance = x.to(tl.float32) - origin[:, None]
             if IN % BLOCK_K != 0:
                 distance = tl.where((k < IN)[None, :], distance, 0.0)
-            total += tl.sum(distance, axis=1)
-            squares += tl.sum(distance * distance, axis=1)
+            eights = tl.reshape(distance, [row.shape[0], BLOCK_K // 8, 8])
+            total += tl.sum(eights, axis=2)
+            squares += tl.sum(eights * eights, axis=2)
             if CENTRED:
                 x = distance
         first = tl.dot(x, tl.trans(of_first), first, input_precision="ieee")
@@ -83,8 +85,8 @@ def project(
             of_second = tl.load(w_at + OUT * IN, mask=w_inside, other=0.0)
             second = tl.dot(x, tl.trans(of_second), second, input_precision="ieee")
     if NORMED:
-        mean = total / IN
-        rstd = tl.rsqrt(tl.maximum(squares / IN - mean * mean, 0.0) + eps)
+        mean = tl.sum(total, axis=1) / IN
+        rstd = tl.rsqrt(tl.maximum(tl.sum(squares, axis=1) / IN - mean * mean, 0.0) + eps)
         if not CENTRED:
             mean += origin
         first = normed(first, sums_ptr, mean, rstd, column, OUT)

@@ -14,7 +14,7 @@ FASTER: frozenset[tuple[str, int, int]] = frozenset()
 TABLE: dict[tuple[Family, bool], Tile] = {
     ("hopper", True): Tile(128, 128, 64, warps=8, stages=3),
     ("blackwell", True): Tile(128, 128, 64, warps=8, stages=3),
-    ("ampere", True): Tile(128, 128, 64, warps=8, stages=3),
+    ("ampere", True): Tile(128, 128, 32, warps=8, stages=4),
     ("amd", True): Tile(128, 128, 64, warps=8, stages=2),
     ("hopper", False): Tile(64, 64, 16, warps=4, stages=3),
     ("blackwell", False): Tile(64, 64, 16, warps=4, stages=3),
