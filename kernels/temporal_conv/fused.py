@@ -98,7 +98,7 @@ def forward(
     rows = to_rows(x, clips)
     out = empty_rows(rows, channels, dtype)
     taps = weight.squeeze(-1).permute(2, 0, 1).contiguous()
-    bias, temb = (None if value is None else value.contiguous() for value in (bias, temb))
+    bias, temb, alpha = (None if value is None else value.contiguous() for value in (bias, temb, alpha))
     residual = None if residual is None else to_rows(residual, clips)
     launch_on_rows(rows, taps, bias, temb, residual, alpha, out, num_frames, padding)
     return from_rows(out, x)

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from temporal_layers.kernels.launch import is_interpreted, launch
 from temporal_layers.kernels.temporal_conv import spatial, temporal_conv
-from temporal_layers.kernels.testing import assert_within_budget, random_map, random_normal, with_gradients
+from temporal_layers.kernels.testing import (
+    assert_within_budget,
+    in_nan_surroundings,
+    random_map,
+    random_normal,
+    with_gradients,
+)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 FORMATS = ["contiguous", "channels_last", "strided"]
@@ -68,7 +74,7 @@ def around(names, batch, num_frames, channels, size, dtype):
         if name == "residual":
             found[name] = random_map(batch * num_frames, channels, *size, dtype=dtype, seed=7, layout="strided")
         elif name.startswith("alpha"):
-            found["alpha"] = random_normal(shapes[name], seed).float().sigmoid()
+            found["alpha"] = in_nan_surroundings(random_normal(shapes[name], seed).float().sigmoid())
         else:
             found[name.partition(":")[0]] = random_normal(shapes[name], seed).to(dtype)
     return found
