@@ -56,7 +56,7 @@ def inject(model: nn.Module, config: TemporalConfig | None = None, *, name: str 
         >>> adapter = inject(unet)  # doctest: +SKIP
         >>> video = unet(noise, timestep, text).sample  # doctest: +SKIP
     """
-    config = config or TemporalConfig()
+    config = TemporalConfig() if config is None else config
     with named.beside("inject", model, name) as state:
         sites = plan(model, config)
         layers = build_layers(model, config, sites)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from temporal_layers.adapters.chunks import InPieces
 from temporal_layers.adapters.registry import MODELS, find
-from temporal_layers.adapters.roots import PerFrame, VideoModel
+from temporal_layers.adapters.roots import PerFrame, VideoModel, check_axes
 from temporal_layers.frames import fold_frames, unfold_frames
 
 __all__ = ["ClipDistribution", "VideoAutoencoder"]
@@ -40,6 +40,7 @@ class VideoAutoencoder(VideoModel):
         """Encode clips ``(batch, channels, frames, height, width)`` or images, to latents of as many axes."""
         if x.ndim != 5:
             return super().encode(x, *args, **kwargs)
+        self._check_axes(x, "in_channels")
         return _unfold_output(super().encode(fold_frames(x), *args, **kwargs), x.shape[2])
 
     def decode(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -53,8 +54,14 @@ class VideoAutoencoder(VideoModel):
         num_frames = state.begin(type(self).__name__, z)
         if num_frames is None or (not state.active and z.ndim == 4):
             return super().decode(z, *args, **kwargs)
+        if z.ndim == 5:
+            self._check_axes(z, "vq_embed_dim", "latent_channels")
         with state.block():
             return self._decode_in_pieces(z, num_frames, args, kwargs)
+
+    def _check_axes(self, clips: Tensor, *names: str) -> None:
+        known = (getattr(getattr(self, "config", None), name, None) for name in names)
+        check_axes(type(self).__name__, clips, next((value for value in known if value is not None), None))
 
     def _decode_in_pieces(self, z: Tensor, num_frames: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         state = self._temporal_state

@@ -12,10 +12,25 @@ from temporal_layers.adapters.state import wrap_checkpointing
 from temporal_layers.adapters.swap import Swapped
 from temporal_layers.frames import fold_frames, unfold_frames
 
-__all__ = ["PerFrame", "VideoModel", "VideoUNet"]
+__all__ = ["PerFrame", "VideoModel", "VideoUNet", "check_axes"]
 
 # Of what attention processors get, only GLIGEN's boxes are known to have the batch in front; the rest is passed on.
 FOR_ATTENTION, WITH_BATCH = "cross_attention_kwargs", frozenset({"gligen"})
+
+
+def check_axes(who: str, clips: Tensor, channels: int | None) -> None:
+    """Raise a ``ValueError`` if 5-D ``clips`` have the frames where the channels belong.
+
+    Args:
+        who: name of the model.
+        clips: what it was called with.
+        channels: that it takes; ``None`` if that is not known.
+    """
+    if channels is not None and clips.shape[1] != channels and clips.shape[2] == channels:
+        raise ValueError(
+            f"{who}: expected clips (batch, channels, frames, height, width) with {channels} channels, got shape "
+            f"{tuple(clips.shape)}; the frames stand in front of the channels: pass clips.transpose(1, 2)"
+        )
 
 
 class KeepsTrainable:
@@ -124,6 +139,9 @@ class VideoUNet(VideoModel):
     def _denoise(self, sample: Tensor, num_frames: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if sample.ndim == 4:
             return super().forward(sample, *args, **kwargs)
+        conv = getattr(self, "conv_in", None)
+        conv = getattr(conv, "base_layer", conv)  # PEFT wraps layers
+        check_axes(type(self).__name__, sample, getattr(conv, "in_channels", None))
         timestep, *names = type(self).argument_names[1:]
         repeat = PerFrame(type(self).__name__, sample.shape[0], num_frames, timestep=timestep)
         args = tuple(repeat(name, value) for name, value in zip((timestep, *names), args, strict=False))

@@ -134,6 +134,11 @@ class Saving:
                 that takes a frame context already. The model is then as it was.
         """
         shared = isinstance(source, AdapterWeights)
+        if isinstance(source, nn.Module):
+            raise ValueError(
+                "from_pretrained: source: expected a folder, a repository of the hub or a snapshot, got a "
+                f"{type(source).__name__}; the model comes first: TemporalAdapter.from_pretrained(model, folder)"
+            )
         if not shared:
             folder = hub.local_folder(source, revision=revision, token=token, local_files_only=local_files_only)
             source = AdapterWeights.load(folder)

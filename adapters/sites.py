@@ -112,11 +112,16 @@ def plan(model: nn.Module, config: TemporalConfig | None = None) -> tuple[Inject
         that is registered twice is one site.
 
     Raises:
-        ValueError: if the model is of another class, is a video model already, is injected already, has no site, its
-            weights are offloaded in a way that new layers cannot join, a pattern of the configuration is found in no
-            site, or a frame context would not get into the model.
+        ValueError: if ``config`` or the model is of another class, the model is a video model already, is injected
+            already, has no site, its weights are offloaded in a way that new layers cannot join, a pattern of the
+            configuration is found in no site, or a frame context would not get into the model.
     """
-    config = config or TemporalConfig()
+    config = TemporalConfig() if config is None else config
+    if not isinstance(config, TemporalConfig):
+        raise ValueError(
+            f"plan: config: expected a TemporalConfig or None, got a {type(config).__name__}; make one with "
+            "TemporalConfig(...)"
+        )
     root = check_root(model)
     part = root.part
     check_in_place(model)

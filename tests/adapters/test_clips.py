@@ -44,6 +44,15 @@ def test_a_batch_equals_single_clips_whatever_their_length(make_unet, randomise,
         close(model(clips, steps, text).sample, torch.cat(single))
 
 
+def test_clips_with_the_frames_first_are_refused(video):
+    model, _ = video
+    clips, text = torch.randn(2, 3, 4, 8, 8), torch.randn(2, 3, 12)  # frames, then channels
+    match = r"UNet2DConditionModel: expected clips .* with 4 channels, got shape \(2, 3, 4, 8, 8\); .*transpose\(1, 2\)"
+    with pytest.raises(ValueError, match=match):
+        model(clips, 7, text)
+    assert model(clips.transpose(1, 2), 7, text).sample.shape == (2, 4, 3, 8, 8)
+
+
 def test_unconditional_batch_equals_single_clips(make_unconditional, randomise):
     model = make_unconditional()
     randomise(inject(model))

@@ -12,7 +12,7 @@ from diffusers import (
 )
 
 from temporal_layers import AlphaConfig, TemporalResBlockConfig, TemporalTransformerConfig
-from temporal_layers.adapters import TemporalConfig, adapter_of, inject, plan
+from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of, inject, plan
 from temporal_layers.adapters import attach as attach_module
 
 
@@ -84,6 +84,25 @@ def test_video_models(unchanged, name):
         model = VIDEO_MODELS[name]()
     with unchanged(model, rf"plan: {name}: expected an image model, got a video model: '.+' is a .+; inject into the"):
         inject(model)
+
+
+@pytest.mark.parametrize(
+    "config", ["default", {"resblock": None}, TemporalResBlockConfig()], ids=lambda c: type(c).__name__
+)
+def test_configurations_of_another_kind(make_unet, unchanged, config):
+    model = make_unet()
+    match = rf"plan: config: expected a TemporalConfig or None, got a {type(config).__name__}; make one with"
+    with unchanged(model, match):
+        inject(model, config)
+    with unchanged(model, match):
+        plan(model, config)
+
+
+def test_a_folder_in_place_of_the_model(make_unet, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"from_pretrained: source: expected a folder, .* got a UNet2DConditionModel; the model"
+    ):
+        TemporalAdapter.from_pretrained(str(tmp_path), make_unet())
 
 
 def test_unknown_modules_and_pipelines(make_unet, unchanged):

@@ -99,6 +99,16 @@ def test_tiling_goes_through_the_layers_tile_by_tile(make_vae, randomise):
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("method", "channels"), [("encode", 3), ("decode", 4)])
+def test_clips_with_the_frames_first_are_refused(injected, method, channels):
+    clips = torch.randn(1, 5, channels, 8, 8)
+    with pytest.raises(
+        ValueError, match=rf"AutoencoderKL: expected clips .* with {channels} channels, got .*transpose"
+    ):
+        getattr(injected, method)(clips)
+    getattr(injected, method)(clips.transpose(1, 2))
+
+
 def test_encode_is_frame_by_frame(make_vae, fold):
     model, clips = make_vae(), torch.randn(2, 3, 3, 8, 8)
     expected = model.encode(fold(clips)).latent_dist
