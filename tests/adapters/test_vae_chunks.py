@@ -281,7 +281,7 @@ def test_copies_remember_the_chunks_and_nothing_is_left_in_place_of_the_decoder(
     assert torch.equal(decode(twin, latents).sample, decode(model, latents).sample)
     assert calls == [4, 4]
     with pytest.raises(RuntimeError):
-        decode(model, torch.randn(1, 5, 4, 4, 4))  # a wrong number of channels fails in the middle of it
+        decode(model, torch.randn(1, 5, 6, 4, 4))  # a wrong number of channels fails in the middle of it
     assert [name for name, _ in model.named_modules()] == names
 
 
