@@ -6,10 +6,13 @@ that it can be cached, dropped and repeated like any other tensor.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from jaxtyping import Float
@@ -210,10 +213,41 @@ def load_base(name: str | Path = "") -> VideoBase:
 
     Args:
         name: Folder, or repository on the Hugging Face hub; empty for the model that comes with the package.
+
+    Raises:
+        ValueError: As `load_image_pipeline` and `PipelineBase`.
     """
     if not str(name):
         return LabelBase(load_shipped())
-    index = Path(name) / "model_index.json"
-    if index.is_file() and '"ImageLDM"' in index.read_text():
+    if _class_of(name) == "ImageLDM":
         return LabelBase(ImageLDM.from_pretrained(name))
-    return PipelineBase(DiffusionPipeline.from_pretrained(name))
+    return PipelineBase(load_image_pipeline(name))
+
+
+def load_image_pipeline(name: str | Path) -> DiffusionPipeline:
+    """Load a pipeline of diffusers.
+
+    Args:
+        name: Folder, or repository on the Hugging Face hub.
+
+    Raises:
+        ValueError: If there is no such folder and it is no name of a repository, or it holds something else.
+    """
+    if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+        raise ValueError(
+            "load_image_pipeline: expected a folder, or a repository of the hub such as 'user/model', got "
+            f"{str(name)!r}: there is no such folder; check the path"
+        )
+    kind = _class_of(name)
+    if isinstance(kind, str) and not hasattr(diffusers, kind):
+        raise ValueError(
+            f"load_image_pipeline: expected an image pipeline of diffusers, got {name}, which holds a {kind}; name the "
+            "image model that it was made of"
+        )
+    return DiffusionPipeline.from_pretrained(name)
+
+
+def _class_of(name: str | Path) -> Any:
+    """What the folder of a pipeline says that it is; None if it says nothing."""
+    index = Path(name) / "model_index.json"
+    return json.loads(index.read_text()).get("_class_name") if index.is_file() else None

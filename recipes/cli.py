@@ -123,7 +123,9 @@ def _run(name: str, words: list[str]) -> int:
         return FAILED
     try:
         return job.main(words)
-    except ValueError as error:  # says who expected what: a traceback would only bury it
+    except BrokenPipeError:  # an OSError, and not a fault
+        raise
+    except (ValueError, OSError) as error:  # says who expected what, or which file: a traceback would only bury it
         print(f"temporal-layers {name}: {error}", file=sys.stderr)
         return FAILED
 

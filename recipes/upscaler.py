@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.adapters import adapter_of
 from temporal_layers.recipes.autoencoding import decode_latents, encode_frames, pixels_per_latent
-from temporal_layers.recipes.bases import Conditioning
+from temporal_layers.recipes.bases import Conditioning, load_image_pipeline
 from temporal_layers.recipes.image_ldm import load_shipped, make_scheduler
 
 SHIPPED_UPSCALER = Path(__file__).parent / "weights" / "driving_upscaler"
@@ -365,7 +365,7 @@ def load_upscaler(name: str | Path = "") -> Upscaler:
     index = Path(name) / "model_index.json"
     if index.is_file() and json.loads(index.read_text()).get("_class_name") == "Upscaler":
         return Upscaler.from_pretrained(name)
-    return Upscaler.from_pipeline(DiffusionPipeline.from_pretrained(name))
+    return Upscaler.from_pipeline(load_image_pipeline(name))
 
 
 def load_shipped_upscaler() -> Upscaler:

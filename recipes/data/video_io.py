@@ -243,8 +243,8 @@ def write_video(path: str | Path, frames: Float[Tensor, "3 frames height width"]
 
     ``.mp4``: H.264, yuv420p, crf 18, BT.709; odd sizes are padded to even by repeating the last row or column.
     ``.webp``: animated, lossy. ``.gif``: one palette for the clip. ``.png``: animated, lossless. No suffix: a folder of
-    numbered PNG frames (which keeps no rate). Animated images hold repeated frames once, with a longer duration; if
-    all frames are equal they are still images.
+    numbered PNG frames (which keeps no rate); those of a longer clip that was there are removed. Animated images hold
+    repeated frames once, with a longer duration; if all frames are equal they are still images.
 
     Args:
         path: file or folder to write; parent folders are made.
@@ -269,6 +269,9 @@ def write_video(path: str | Path, frames: Float[Tensor, "3 frames height width"]
         path.mkdir(exist_ok=True)
         for index, array in enumerate(arrays):
             Image.fromarray(array).save(path / f"{index:04d}.png")
+        for frame in path.glob("*.png"):
+            if frame.stem.isdecimal() and int(frame.stem) >= len(arrays):
+                frame.unlink()  # a clip of them all would be of two
     elif suffix == ".mp4":
         _save_stream(path, arrays, fps)
     else:

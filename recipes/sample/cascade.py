@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def make(generator: torch.Generator, out: Path) -> Iterator[Tensor]:
         kept = _Kept(out.with_name(f"{out.stem}.stages"))
         found = cascade(
-            asked(config.prompt),
+            asked(config.prompt, cascade.key_frames),
             image,
             num_key_frames=config.key_frames,
             levels=config.levels,

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def make(generator: torch.Generator, out: Path) -> Iterator[Tensor]:
         made: list[Tensor] = []
         parts = pipeline.stream(
-            asked(config.prompt),
+            asked(config.prompt, pipeline),
             clip.frames.transpose(0, 1),
             levels=config.levels,
             first_level=config.first_level,

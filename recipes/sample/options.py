@@ -66,9 +66,12 @@ class SampleConfig:
     sheet: bool = True
 
     def __post_init__(self) -> None:
-        check_out(self.out)
         if self.count < 1 or self.steps < 1:
             raise ValueError(f"--count and --steps: expected at least 1, got {self.count} and {self.steps}")
+        for out in numbered(self.out, self.count):
+            check_out(out)
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"--fps: expected more than 0, got {self.fps}")
 
     def words(self) -> dict[str, Any]:
         """The arguments of a pipeline's call that all of them have."""
@@ -82,8 +85,10 @@ def _label(word: str) -> str | int:
     return int(word) if word.isdecimal() else word
 
 
-def asked(prompt: str) -> str | int | None:
-    """What a pipeline is asked for: a text, the name or the number of a label, or nothing."""
+def asked(prompt: str, pipeline: TemporalPipeline) -> str | int | None:
+    """What a pipeline is asked for: a text, which may be empty; or the name or the number of a label, or nothing."""
+    if pipeline.text_encoder is not None:
+        return prompt
     return _label(prompt) if prompt else None
 
 
@@ -96,13 +101,14 @@ def load(kind: type[Pipeline], config: SampleConfig, shipped: Callable[[], Pipel
         shipped: Loads the one that comes with the package.
 
     Raises:
-        ValueError: If an image model comes without temporal layers, layers without an image model, or there is no such
-            scheduler.
+        ValueError: If an image model comes without temporal layers, layers without an image model or beside a pipeline
+            that has its own, or there is no such scheduler or device.
     """
     if not config.model:
         check_no_parts(config)
         pipeline = shipped()
     elif is_saved(kind, config.model):
+        check_no_parts(config)
         pipeline = kind.from_pretrained(config.model)
     else:
         pipeline = kind.from_image_pipeline(image_model(load_base(config.model)), **parts(config))
@@ -110,11 +116,17 @@ def load(kind: type[Pipeline], config: SampleConfig, shipped: Callable[[], Pipel
 
 
 def check_no_parts(config: SampleConfig) -> None:
-    """Raise a ValueError if there are layers for the model that comes with the package, which has its own."""
-    if config.adapter or config.decoder:
+    """Raise a ValueError if there are layers for a model that has its own: that of the package, or a saved pipeline."""
+    if not config.adapter and not config.decoder:
+        return
+    if not config.model:
         raise ValueError(
             "--adapter and --decoder: expected --model beside them, the image model that they are for, got none"
         )
+    raise ValueError(
+        f"--adapter and --decoder: expected an image model beside them, got {config.model}, which was saved with "
+        "its own temporal layers; leave them out, or name the image model"
+    )
 
 
 def is_saved(kind: type, model: str) -> bool:
@@ -146,17 +158,30 @@ def scheduler(name: str, instead_of: SchedulerMixin) -> SchedulerMixin:
     """A scheduler of diffusers by its name, with the noise schedule of another one.
 
     Raises:
-        ValueError: If there is none of that name, or it does not go with the model.
+        ValueError: If there is none of that name, it does not go with the model, or needs a package that is not there.
     """
     known = sorted(cls.__name__ for cls in instead_of.compatibles)
     if name not in known:
         raise ValueError(f"--scheduler: expected one of {', '.join(known)}, got {name!r}")
-    return getattr(diffusers, name).from_config(instead_of.config)
+    try:
+        return getattr(diffusers, name).from_config(instead_of.config)
+    except ImportError as error:
+        raise ValueError(f"--scheduler: {' '.join(str(error).split())}") from error
 
 
 def device(config: SampleConfig) -> str:
-    """Where to run."""
-    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Where to run.
+
+    Raises:
+        ValueError: If torch knows no device of that name, or there is none.
+    """
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device: expected a device that is there, such as 'cpu', got {name!r}: {reason}") from error
+    return name
 
 
 def run(
@@ -181,6 +206,7 @@ def run(
         Exit code: 0, or 130 after Ctrl-C.
     """
     for index, out in enumerate(numbered(config.out, config.count)):
+        out.parent.mkdir(parents=True, exist_ok=True)  # what fails is to fail before the sampling
         seed, parts, started = config.seed + index, [], time.perf_counter()
         stopped = False
         try:

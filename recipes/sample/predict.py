@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def make(generator: torch.Generator, out: Path) -> Iterator[Tensor]:
         parts = pipeline.stream(
-            asked(config.prompt),
+            asked(config.prompt, pipeline),
             image,
             num_frames=config.num_frames,
             window=config.window,

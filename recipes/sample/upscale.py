@@ -15,9 +15,9 @@ from typing import Annotated
 
 import torch
 import tyro
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from temporal_layers.recipes.bases import load_image_pipeline
 from temporal_layers.recipes.pipelines.shipped import load_upscale_pipeline
 from temporal_layers.recipes.pipelines.upscaling import VideoUpscalePipeline
 from temporal_layers.recipes.sample.inputs import read_clip
@@ -59,11 +59,12 @@ def load_upscale(config: SampleConfig) -> VideoUpscalePipeline:
         check_no_parts(config)
         return ready(load_upscale_pipeline(), config)
     if is_saved(VideoUpscalePipeline, config.model):
+        check_no_parts(config)
         return ready(VideoUpscalePipeline.from_pretrained(config.model), config)
     if is_saved(Upscaler, config.model):
         image = Upscaler.from_pretrained(config.model)
     else:
-        image = DiffusionPipeline.from_pretrained(config.model)
+        image = load_image_pipeline(config.model)
     return ready(VideoUpscalePipeline.from_image_pipeline(image, **parts(config)), config)
 
 

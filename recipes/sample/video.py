@@ -29,7 +29,7 @@ class VideoSampleConfig(SampleConfig):
         width: Likewise.
         image: First frame, or two, as image files, for temporal layers that were trained to predict.
         video: A clip to begin with, in part noise.
-        strength: How much of it is noise.
+        strength: How much of it is noise; 0.8 if None.
         window: Frames that the model sees at a time, for clips longer than those of its training.
     """
 
@@ -39,7 +39,7 @@ class VideoSampleConfig(SampleConfig):
     width: int | None = None
     image: tuple[Path, ...] = ()
     video: Path | None = None
-    strength: float = 0.8
+    strength: float | None = None
     window: int | None = None
 
 
@@ -56,19 +56,21 @@ def sample_video(command: str, config: VideoSampleConfig, pipeline: VideoLDMPipe
         Exit code.
     """
     words = {**config.words(), "height": config.height, "width": config.width, "window": config.window}
+    words["strength"] = config.strength
     if config.image:
         words["image"] = read_frames(config.image)
     if config.video is not None:
         size = pipeline.base.frame_size
         size = (config.height or size[0], config.width or size[1])
         clip = read_clip(config.video, size, num_frames=config.num_frames)
-        words |= {"video": clip.frames.transpose(0, 1), "strength": config.strength}
+        words["video"] = clip.frames.transpose(0, 1)
         fps = clip.fps
     else:
         words["num_frames"] = config.num_frames
 
     def make(generator: torch.Generator, out: Path) -> Iterator[Tensor]:
-        yield pipeline(asked(config.prompt), generator=generator, output_type="pt", **words).frames[0].transpose(0, 1)
+        made = pipeline(asked(config.prompt, pipeline), generator=generator, output_type="pt", **words)
+        yield made.frames[0].transpose(0, 1)
 
     return run(command, config, make, fps=fps)
 

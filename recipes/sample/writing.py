@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +38,10 @@ class Written:
 
 
 def check_out(out: Path) -> None:
-    """Raise a ValueError unless clips can be written in the format that the suffix asks for: before hours of sampling.
+    """Raise a ValueError unless clips can be written there, in the format that the suffix asks for.
+
+    It is for before hours of sampling. Files of an earlier clip are replaced; images that no command of this library
+    wrote are not.
 
     Args:
         out: File or folder.
@@ -45,6 +49,18 @@ def check_out(out: Path) -> None:
     if out.suffix.lower() not in SUFFIXES:
         known = ", ".join(suffix or "no suffix (a folder of PNG files)" for suffix in SUFFIXES)
         raise ValueError(f"--out: expected {known}, got {out.suffix!r} in {out}")
+    if out.is_dir() if out.suffix else out.is_file():
+        expected, got = ("a file", "a folder") if out.suffix else ("a folder", "a file")
+        raise ValueError(f"--out: expected {expected}, or a new name, got {out}, which is {got}; give another name")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "may not be written to" if above.is_dir() else "is a file"
+        raise ValueError(f"--out: expected a place in a folder, got {out}, but {above} {reason}; name another place")
+    if out.is_dir() and any(out.iterdir()) and not _record_of(out).is_file():
+        raise ValueError(
+            f"--out: expected a new or an empty folder, or one that a clip was written to, got {out}, with others' "
+            "files; give another name"
+        )
 
 
 def numbered(out: Path, count: int) -> list[Path]:
@@ -91,9 +107,13 @@ def write_clip(
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **facts,
     }
-    path = out.with_name(f"{out.stem}.json")
+    path = _record_of(out)
     replace_text(path, as_json(record))
     return Written(out, drawn, path)
+
+
+def _record_of(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.json")
 
 
 def _scale(width: int) -> int:

@@ -87,6 +87,12 @@ def test_a_job_that_fails_says_why(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == "temporal-layers demo: expected none, got ['--x']\n"
 
 
+def test_files_that_cannot_be_written_or_read_are_no_traceback(monkeypatch, tmp_path, capsys):
+    job(monkeypatch, tmp_path, "def main(words): open('/nowhere/file', 'w')")
+    assert cli.main(["demo"]) == cli.FAILED
+    assert capsys.readouterr().err == "temporal-layers demo: [Errno 2] No such file or directory: '/nowhere/file'\n"
+
+
 def test_ctrl_c_ends_with_one_line(monkeypatch, tmp_path, capsys):
     job(monkeypatch, tmp_path, "def main(words): raise KeyboardInterrupt")
     assert cli.main(["demo"]) == cli.INTERRUPTED == 130

@@ -89,6 +89,13 @@ def test_a_folder_of_frames_is_lossless(tmp_path, bunny):
     np.testing.assert_array_equal(pixels, (frames * 255).round().byte().permute(1, 2, 3, 0).numpy())
 
 
+def test_frames_of_an_earlier_longer_clip_do_not_stay_in_the_folder(tmp_path):
+    write_video(tmp_path / "frames", torch.rand(3, 4, 8, 8), 8)
+    (tmp_path / "frames" / "notes.png").write_text("")
+    write_video(tmp_path / "frames", torch.rand(3, 2, 8, 8), 8)
+    assert sorted(file.name for file in (tmp_path / "frames").iterdir()) == ["0000.png", "0001.png", "notes.png"]
+
+
 @given(height=st.integers(16, 33), width=st.integers(16, 33), num_frames=st.integers(1, 4))
 def test_odd_sizes_are_padded_to_even_by_the_edge(tmp_path_factory, height, width, num_frames):
     frames = torch.linspace(0, 1, width).expand(3, num_frames, height, width)

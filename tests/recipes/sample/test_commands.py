@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -208,6 +209,14 @@ def test_ctrl_c_in_a_roll_out_leaves_the_windows_that_are_done(folder, tmp_path,
         (["predict", "--image", "a.png", "--clip", "b.mp4"], "--image and --clip: expected one of them, got both"),
         (["decode", "nowhere.safetensors"], "nowhere.safetensors: expected a .safetensors file of latents"),
         (["label", "--image", "nowhere.png"], "nowhere.png: expected an image file"),
+        (["label", "--strength", "0.5"], "strength: expected video beside it, got none"),
+        (["label", "--fps", "0"], "--fps: expected more than 0, got 0.0"),
+        (["label", "--device", "best"], "--device: expected a device that is there, such as 'cpu', got 'best'"),
+        (["label", "--model", "/nowhere"], "expected a folder, or a repository of the hub .* got '/nowhere'"),
+        (
+            ["upscale", "a.mp4", "--model", "/nowhere"],
+            "expected a folder, or a repository of the hub .* got '/nowhere'",
+        ),
     ],
 )
 def test_refusals(words, text, capsys):
@@ -217,6 +226,36 @@ def test_refusals(words, text, capsys):
         status = error.code
     said = " ".join(capsys.readouterr().err.replace("|", " ").split())  # boxes break lines
     assert status in (1, 2) and re.search(text, said), said
+
+
+def test_layers_beside_a_pipeline_that_has_its_own_are_refused(folder, capsys):
+    for command, name in (("label", "video"), ("upscale", "upscaling")):
+        for option in ("--adapter", "--decoder"):
+            assert main(["sample", command, "--model", str(folder / name), option, "motion", *FEW[:2]]) == 1
+            said = capsys.readouterr().err
+            assert re.search(
+                rf"--adapter and --decoder: expected an image model .* got .*{name}, which was saved", said
+            )
+
+
+def test_a_pipeline_of_another_kind_is_named(folder, capsys):
+    assert main(["sample", "upscale", "a.mp4", "--model", str(folder / "video")]) == 1
+    assert "expected an image pipeline of diffusers, got" in (said := capsys.readouterr().err)
+    assert "which holds a VideoLDMPipeline; name the image model" in said
+
+
+def test_a_text_of_digits_is_a_text_and_so_is_none(stable_diffusion, cascade_parts):
+    assert options.asked("1984", stable_diffusion) == "1984" and options.asked("", stable_diffusion) == ""
+    assert options.asked("1", cascade_parts[0]) == 1 and options.asked("", cascade_parts[0]) is None
+
+
+def test_a_scheduler_whose_package_is_missing(monkeypatch):
+    def needs(config):
+        raise ImportError("\nEulerDiscreteScheduler requires the sde library\n")
+
+    monkeypatch.setattr(EulerDiscreteScheduler, "from_config", needs)
+    with pytest.raises(ValueError, match=r"^--scheduler: EulerDiscreteScheduler requires the sde library$"):
+        options.scheduler("EulerDiscreteScheduler", DDIMScheduler())
 
 
 def test_files_in(tmp_path):

@@ -51,6 +51,38 @@ def test_names_of_several_clips():
     assert numbered(Path("a/clip.mp4"), 2) == [Path("a/clip-0.mp4"), Path("a/clip-1.mp4")]
 
 
+def test_what_stands_where_a_clip_is_to_go_is_refused_before_anything_is_sampled(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(ValueError, match=r"--out: expected a folder, or a new name, got .*file, which is a file; give"):
+        check_out(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"--out: expected a file, or a new name, got .*mp4, which is a folder; give"):
+        check_out(tmp_path / "folder.mp4")
+    with pytest.raises(ValueError, match=r"--out: expected a place in a folder, got .*, but .*file is a file"):
+        check_out(tmp_path / "file" / "clip.mp4")
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=r"--out: expected a place .* may not be written to; name another place"):
+        check_out(tmp_path / "deep" / "clip.mp4")
+
+
+def test_a_folder_of_somebody_elses_images_is_refused_and_one_of_ours_is_replaced(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    check_out(photos)
+    (photos / "0000.png").write_text("")
+    with pytest.raises(ValueError, match=r"--out: expected a new or an empty folder, .* got .*photos, with others'"):
+        check_out(photos)
+    out = tmp_path / "frames"
+    for count in (5, 2):
+        check_out(out)
+        frames = torch.rand(3, count, 8, 8)
+        write_clip(out, frames, 4.0, command="", settings=Settings(out), seed=0)
+        assert sorted(path.name for path in out.iterdir()) == [f"{index:04d}.png" for index in range(count)]
+
+
 def test_an_unknown_format_is_refused_before_anything_is_sampled():
     with pytest.raises(ValueError, match=r"--out: expected .mp4, .*no suffix .* got '.avi' in x.avi"):
         check_out(Path("x.avi"))
