@@ -120,7 +120,8 @@ class PipelineBase:
         freeze: Stop gradients of the UNet and the autoencoder and put them into evaluation mode.
 
     Raises:
-        ValueError: If the pipeline has no UNet of a known kind, or its text encoder cannot be called.
+        ValueError: If the pipeline has no UNet of a known kind, or one that takes more than noisy latents and a text,
+            or its text encoder cannot be called.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, *, freeze: bool = True) -> None:
@@ -134,6 +135,7 @@ class PipelineBase:
             raise ValueError(
                 f"PipelineBase: expected a text-to-image pipeline with encode_prompt, got {type(pipeline).__name__}"
             )
+        _check_call(unet)
         self.pipeline = pipeline
         self.unet = unet
         self.vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
@@ -206,6 +208,29 @@ class PipelineBase:
         if "text_embeds" in conditioning:
             extra["added_cond_kwargs"] = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
         return self.unet(noisy, timesteps, encoder_hidden_states=conditioning["encoder_hidden_states"], **extra).sample
+
+
+def _check_call(unet: UNet2DConditionModel | UNet2DModel) -> None:
+    """Raise a ValueError if the UNet has to be told something that this file does not tell it."""
+    takes, predicts = unet.config.in_channels, unet.config.out_channels
+    instead = "inject into the UNet and run its own pipeline with adapter.num_frames"
+    if takes != predicts:
+        raise ValueError(
+            f"PipelineBase: expected a UNet that takes what it predicts, got {takes} channels in and {predicts} out "
+            f"(as those for inpainting and editing have); choose the text-to-image model, or {instead}"
+        )
+    width = unet.config.get("time_cond_proj_dim")
+    if width is not None:
+        raise ValueError(
+            f"PipelineBase: expected a UNet without time_cond_proj_dim, got {width}: a latent consistency model, which "
+            "is told its guidance scale; use its LoRA on the model that it was made of, with "
+            f"scheduler=LCMScheduler(...) and guidance_scale=1, or {instead}"
+        )
+    if unet.config.sample_size is None:
+        raise ValueError(
+            "PipelineBase: expected a UNet that says its sample_size, got None; set it with "
+            "unet.register_to_config(sample_size=64)"
+        )
 
 
 def load_base(name: str | Path = "") -> VideoBase:

@@ -18,6 +18,7 @@ from temporal_layers.recipes.pipelines.outputs import Frames, VideoOutput, check
 from temporal_layers.recipes.pipelines.prompts import Asked, Conditionings, Prompts, conditionings
 from temporal_layers.recipes.sampling.context import ContextSampling
 from temporal_layers.recipes.sampling.loop import OnStep
+from temporal_layers.recipes.sampling.noise import check_generators
 from temporal_layers.recipes.sampling.sampler import Generators, Sampler
 from temporal_layers.recipes.sampling.timeline import Timeline
 from temporal_layers.recipes.stages.personal import Prompt
@@ -225,6 +226,7 @@ class ContextPipeline(TemporalPipeline):
         return parts
 
     def _seeds(self, generator: Generators, clips: int) -> tuple[int, ...]:
+        check_generators(type(self).__name__, generator)
         sources = list(generator) if isinstance(generator, Sequence) else [generator] * clips
         if len(sources) != clips:
             raise ValueError(

@@ -14,9 +14,10 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from huggingface_hub import snapshot_download
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from temporal_layers.adapters import TemporalAdapter, adapter_of
+from temporal_layers.adapters.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from temporal_layers.adapters.weights import AdapterWeights
 from temporal_layers.recipes.sampling.loop import OnStep, denoise
 from temporal_layers.recipes.sampling.regions import Denoiser
@@ -71,12 +72,27 @@ class InjectedPipeline(DiffusionPipeline):
         Args:
             save_directory: Made if needed.
             **options: Of ``DiffusionPipeline.save_pretrained``.
+
+        Raises:
+            ValueError: If a component has a LoRA on it, with which its file would be that of no model.
         """
+        self._check_no_lora()
         images = copy.copy(self)
         for name, adapter in self.adapters().items():
             adapter.save_pretrained(Path(save_directory) / self.adapter_folders[name])
             setattr(images, name, image_model(getattr(self, name)))
         super(InjectedPipeline, images).save_pretrained(str(save_directory), **options)
+        for name in self.adapter_folders.keys() - self.adapters().keys():
+            _forget(Path(save_directory) / self.adapter_folders[name])
+
+    def _check_no_lora(self) -> None:
+        for name, part in self.components.items():
+            # PEFT's wrappers of layers change the names of the weights; diffusers would load others at random.
+            if isinstance(part, nn.Module) and any(hasattr(module, "base_layer") for module in part.modules()):
+                raise ValueError(
+                    f"{type(self).__name__}.save_pretrained: {name}: expected the image model's own layers, got a LoRA "
+                    "on them; call unload_lora_weights() first, or fuse_lora() before that to keep its effect"
+                )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options: Any) -> InjectedPipeline:
@@ -163,6 +179,14 @@ class InjectedPipeline(DiffusionPipeline):
                 return (callback_on_step_end(self, next(steps), timestep, told) or {}).get("latents", latents)
 
             yield on_step
+
+
+def _forget(folder: Path) -> None:
+    """Take away the adapter that an earlier save left in ``folder``."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def put_layers(who: str, parts: dict[str, Any], adapter: AdapterSource | None, decoder: AdapterSource | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from temporal_layers.config import check_at_least
 from temporal_layers.recipes.conditioning import ContextPlanes, augment, prediction_mask, signal_levels
 from temporal_layers.recipes.pipelines.components import TemporalPipeline
 from temporal_layers.recipes.pipelines.injected import OnStepEnd
@@ -155,6 +156,7 @@ class VideoLDMPipeline(TemporalPipeline):
         check_output_type(_WHO, output_type)
         _check_pairs(image, context_guidance_scale, context_noise_level, video, strength, window, window_overlap)
         self.adapter  # noqa: B018 - says what to do if there is none
+        check_at_least(f"{_WHO}: num_videos_per_prompt", num_videos_per_prompt, 1)
         size = self._size(height, width)
         clean = None if video is None else clips_of(f"{_WHO}: video", video, size)
         num_frames = _num_frames(num_frames, clean)
@@ -279,8 +281,7 @@ def _num_frames(wanted: int | None, clean: Tensor | None) -> int:
             f"{_WHO}: num_frames: expected the {clean.shape[2]} frames of the video, got {wanted}; cut the video"
         )
     number = clean.shape[2] if clean is not None else NUM_FRAMES if wanted is None else wanted
-    if number < 1:
-        raise ValueError(f"{_WHO}: num_frames: expected at least 1, got {number}")
+    check_at_least(f"{_WHO}: num_frames", number, 1)
     return number
 
 

@@ -24,14 +24,25 @@ def clip_generators(seed: int, numbers: Iterable[int], purpose: str = "sampling"
     return [generator_at(seed, number, purpose) for number in numbers]
 
 
+def check_generators(who: str, generator: Generators) -> None:
+    """Raise a ValueError unless a pipeline was given no source of noise, one, or several."""
+    several = generator if isinstance(generator, Sequence) else [generator]
+    if generator is not None and not all(isinstance(source, torch.Generator) for source in several):
+        raise ValueError(
+            f"{who}: generator: expected a torch.Generator or a list of them, got {generator!r}; make one of a seed "
+            "with torch.Generator().manual_seed(seed)"
+        )
+
+
 def one_a_clip(who: str, generator: Generators, clips: int) -> list[torch.Generator]:
     """Sources of noise for clips, from what a pipeline was given: none, one for all, or one a clip.
 
     Raises:
-        ValueError: If there are too few or too many, or one is not on the CPU.
+        ValueError: If there are too few or too many, one is not on the CPU, or it is something else.
     """
     if generator is None:
         generator = torch.default_generator
+    check_generators(who, generator)
     sources = [generator] * clips if isinstance(generator, torch.Generator) else list(generator)
     if len(sources) != clips or any(source.device.type != "cpu" for source in sources):
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from temporal_layers.config import check_at_least
 from temporal_layers.recipes.denoising import matches_flows
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -28,10 +29,12 @@ class Sampler:
         timesteps: To be told to the model, one after the other.
 
     Raises:
-        ValueError: If ``eta`` or ``strength`` is out of range, or ``eta`` not 0 where the scheduler has no use for it.
+        ValueError: If ``steps``, ``eta`` or ``strength`` is out of range, or ``eta`` not 0 where the scheduler has no
+            use for it.
     """
 
     def __init__(self, scheduler: Any, steps: int, eta: float = 0.0, *, strength: float = 1.0) -> None:
+        check_at_least("Sampler: steps", steps, 1)
         if not 0 <= eta < 1:  # at 1, rounding takes a step from a signal of zero to the root of a negative number
             raise ValueError(f"Sampler: eta: expected a value from 0 to below 1, got {eta}; use 0.99 in place of 1")
         self.scheduler = type(scheduler).from_config(scheduler.config)

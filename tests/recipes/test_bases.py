@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from temporal_layers.recipes.bases import LabelBase, PipelineBase, load_base
 from temporal_layers.recipes.denoising import kind_of_prediction
@@ -97,6 +97,24 @@ def test_pipelines_without_a_known_unet_are_refused(stable_diffusion, unconditio
     unconditional.unet = StableDiffusionPipeline.from_pipe  # not a module either
     with pytest.raises(ValueError, match="got DDPMPipeline with"):
         PipelineBase(unconditional)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"in_channels": 9},
+            r"that takes what it predicts, got 9 channels in and 4 out .*; choose the text-to-image model",
+        ),
+        ({"time_cond_proj_dim": 8}, r"without time_cond_proj_dim, got 8: a latent consistency model, .*; use its LoRA"),
+        ({"sample_size": None}, r"that says its sample_size, got None; set it with unet.register_to_config"),
+    ],
+)
+def test_models_that_are_called_in_another_way_are_refused(stable_diffusion, options, message):
+    config = {name: value for name, value in stable_diffusion.unet.config.items() if not name.startswith("_")}
+    stable_diffusion.unet = UNet2DConditionModel(**{**config, **options})
+    with pytest.raises(ValueError, match=rf"PipelineBase: expected a UNet {message}"):
+        PipelineBase(stable_diffusion)
 
 
 def test_a_pipeline_that_matches_flows_is_trained_and_sampled_as_one(stable_diffusion):

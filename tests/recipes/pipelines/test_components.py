@@ -242,6 +242,29 @@ def test_textual_inversion_and_lora_come_with_diffusers_loaders(stable_diffusion
     assert not torch.allclose(told[0], told[1], atol=1e-2)
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_pipeline_with_a_lora_is_not_saved_as_something_else(stable_diffusion, tmp_path, injected_pipeline, part):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    pipeline = injected_pipeline(stable_diffusion)
+    inject_adapter_in_model(LoraConfig(target_modules=["to_q", "q_proj"], r=2), getattr(pipeline, part), "style")
+    match = rf"TemporalPipeline.save_pretrained: {part}: expected the image model's own layers, got a LoRA .*fuse_lora"
+    with pytest.raises(ValueError, match=match):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_layers_that_were_taken_out_do_not_come_back_from_an_earlier_save(
+    stable_diffusion, tmp_path, injected_pipeline
+):
+    pipeline = injected_pipeline(stable_diffusion)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.decoder.remove()
+    pipeline.save_pretrained(tmp_path)
+    assert TemporalPipeline.from_pretrained(tmp_path).adapters().keys() == {"unet"}
+    assert not (tmp_path / "temporal_decoder").exists()
+
+
 class Halfway:
     """A denoiser that says that everything is clean already."""
 

@@ -320,6 +320,12 @@ def test_refusals(pipeline, call, text):
         call(pipeline)
 
 
+@pytest.mark.parametrize("generator", [3, [3]])
+def test_a_seed_in_place_of_a_generator_is_refused(pipeline, generator):
+    with pytest.raises(ValueError, match=r"VideoPredictionPipeline: generator: expected a torch.Generator or a list"):
+        pipeline("day", num_frames=4, generator=generator, **SHORT)
+
+
 def test_layers_that_take_no_frames_are_refused(label_model, randomise):
     randomise(inject(label_model.unet))
     with pytest.raises(ValueError, match=r"ContextPlanes.of: expected an adapter with 'frame_context'"):

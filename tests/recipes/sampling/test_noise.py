@@ -1,6 +1,6 @@
 """Noise that clips begin with: its distribution, against closed forms with bounds that follow from the sample size."""
 
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -124,8 +124,13 @@ def test_sources_are_none_one_or_one_a_clip():
     assert one_a_clip("Pipeline", one, 2) == [one, one]
     assert one_a_clip("Pipeline", (one, other), 2) == [one, other]
     assert one_a_clip("Pipeline", None, 2) == [torch.default_generator] * 2
+    for seed in (3, [one, 3]):
+        with pytest.raises(
+            ValueError, match=r"Pipeline: generator: expected a torch.Generator or a list .*manual_seed"
+        ):
+            one_a_clip("Pipeline", seed, 2)
     with pytest.raises(ValueError, match=r"Pipeline: generator: expected one on the CPU, or .* 3 clips, got 2 on cpu"):
         one_a_clip("Pipeline", [one, other], 3)
-    elsewhere = SimpleNamespace(device=torch.device("cuda"))
+    elsewhere = Mock(spec=torch.Generator, device=torch.device("cuda"))
     with pytest.raises(ValueError, match=r"Pipeline: generator: expected one on the CPU, .* got 2 on cpu, cuda"):
         one_a_clip("Pipeline", [one, elsewhere], 2)

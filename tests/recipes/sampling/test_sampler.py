@@ -132,6 +132,9 @@ def test_refusals():
         Sampler(DDIMScheduler(), 5, 1.0)
     with pytest.raises(ValueError, match=r"Sampler: eta: expected 0 for FlowMatchEulerDiscreteScheduler.* got 0\.5"):
         Sampler(FlowMatchEulerDiscreteScheduler(), 5, 0.5)
+    for steps in (0, 2.5):
+        with pytest.raises(ValueError, match=rf"Sampler: steps: expected a whole number of at least 1, got {steps}"):
+            Sampler(DDIMScheduler(), steps)
     for strength in (0.0, 0.1, 1.5):
         with pytest.raises(ValueError, match=rf"Sampler: strength: expected above 0 to 1, .*5 steps.* got {strength}"):
             Sampler(DDIMScheduler(), 5, strength=strength)
