@@ -21,7 +21,6 @@ Networks (2016).
 import functools
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from temporal_layers.kernels.checks import is_autocast
+from temporal_layers.kernels.processor import is_intel
 from temporal_layers.kernels.vmap import register_looped_vmap
 
 TAPS = 3
@@ -49,27 +49,17 @@ LARGEST_SHARE = 0.65
 def is_faster(x: Tensor, weight: Tensor, num_frames: int, causal: bool) -> bool:
     """Whether the form was measured to beat oneDNN's ``conv2d``, and may take its place.
 
-    It was on Intel's processors, for which the library is made that PyTorch takes for matrix products.
+    It was on an Intel processor.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or causal or torch.compiler.is_compiling():
         return False
     if weight.shape[2] != TAPS or min(weight.shape[:2]) < LEAST_CHANNELS or x[:, 0].numel() < LEAST_PIXELS:
         return False
     products, terms = PRODUCTS * groups_of(num_frames), TAPS * num_frames - 2
-    if products > LARGEST_SHARE * terms or is_autocast("cpu") or maker_of_cpu() != "GenuineIntel":
+    if products > LARGEST_SHARE * terms or is_autocast("cpu") or not is_intel():
         return False
     # Derivatives that are carried forward do not pass through a custom operator.
     return all(forward_ad.unpack_dual(value).tangent is None for value in (x, weight))
-
-
-@functools.cache
-def maker_of_cpu() -> str:
-    """Maker of the processor as Linux reports it; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def groups_of(num_frames: int) -> int:

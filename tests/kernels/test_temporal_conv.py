@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from temporal_layers.kernels.launch import is_interpreted, launch
-from temporal_layers.kernels.temporal_conv import spatial, temporal_conv
+from temporal_layers.kernels.layout import from_clips, to_clips
+from temporal_layers.kernels.temporal_conv import products, spatial, temporal_conv
 from temporal_layers.kernels.testing import (
     assert_within_budget,
     in_nan_surroundings,
@@ -131,6 +132,50 @@ def magnitude_of_alpha(gradient, inputs, extra, num_frames, causal, convolve=tap
     upstream = random_normal(tuple(update.shape), 99)  # that of with_gradients
     ratio = torch.finfo(inputs[0].dtype).eps / torch.finfo(torch.float32).eps
     return gradient.abs() + ratio * (update * upstream).norm() / gradient.numel() ** 0.5
+
+
+@given(
+    batch=st.integers(1, 2),
+    num_frames=st.integers(1, 6),
+    positions=st.integers(1, 5),
+    kernel=st.sampled_from([1, 3, 5, 7]),
+    causal=st.booleans(),
+    has_bias=st.booleans(),
+)
+def test_products_of_taps_are_the_convolution(batch, num_frames, positions, kernel, causal, has_bias):
+    x = random_map(batch * num_frames, 4, 1, positions, dtype=torch.float64)
+    weight, bias = random_normal((3, 4, kernel, 1), 1), random_normal((3,), 2) if has_bias else None
+    actual = from_clips(products.convolve(to_clips(x, num_frames), weight, bias, causal), 1, positions)
+    torch.testing.assert_close(actual, taps(x, weight, bias, num_frames, causal), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_products_of_taps_are_what_the_operator_takes(monkeypatch, causal):
+    """Within the budget of the dtype, as the library's convolution is."""
+    x, weight = random_map(8, 256, 8, 16, dtype=torch.bfloat16), random_normal((256, 256, 3, 1), 1).bfloat16() / 28
+    results = {}
+    for there in (True, False):
+        monkeypatch.setattr(products, "has_bf16_tiles", lambda there=there: there)
+        assert products.is_faster(x, weight, 8) == there
+        results[there] = temporal_conv(x, weight, num_frames=8, causal=causal)
+    expected = on_5d(x.double(), weight.double(), None, 8, causal)
+    assert not torch.equal(results[True], results[False])
+    assert_within_budget(results[True], expected, on_5d(x, weight, None, 8, causal))
+
+
+def test_where_products_of_taps_are_chosen(monkeypatch):
+    monkeypatch.setattr(products, "has_bf16_tiles", lambda: True)
+    x, weight = torch.empty(8, 256, 8, 16).bfloat16(), torch.empty(256, 256, 3, 1).bfloat16()
+    assert products.is_faster(x, weight, 8) and products.is_faster(x, torch.empty(256, 256, 5, 1).bfloat16(), 4)
+    assert not products.is_faster(x, weight, 1) and not products.is_faster(x, weight[:, :, :1], 8)
+    assert not products.is_faster(x[:, :128], weight[:, :128], 8) and not products.is_faster(x[:, :, :7], weight, 8)
+    assert not products.is_faster(x.float(), weight.float(), 8) and not products.is_faster(x.to("meta"), weight, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not products.is_faster(x, weight, 8)
+    weight.requires_grad_()
+    assert not products.is_faster(x, weight, 8)
+    with torch.no_grad():
+        assert products.is_faster(x, weight, 8)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
