@@ -37,9 +37,9 @@ from temporal_layers.recipes.stages.decoder_metrics import as_unit, decode_clips
 from temporal_layers.recipes.stages.discriminator import DiscriminatorConfig, PatchDiscriminator3D
 from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.stages.perceptual import perceptual_loss
-from temporal_layers.recipes.stages.temporal import trainable_adapter
+from temporal_layers.recipes.stages.temporal import layers_in_file, trainable_adapter
 from temporal_layers.recipes.stages.upscale import read_clips
-from temporal_layers.recipes.training.configs import parse, read
+from temporal_layers.recipes.training.configs import parse
 from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, fit, make_accelerator
 from temporal_layers.recipes.training.streams import Stream
 
@@ -269,6 +269,9 @@ def run_decoder_stage(config: DecoderConfig) -> dict[str, dict[str, float]]:
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
     started = time.perf_counter()
     vae = load_autoencoder(config.model, config.subfolder).to(accelerator.device)
+    temporal = layers_in_file(config.temporal, vae)
+    if config.svd_layout:
+        temporal = replace(DECODER_LAYERS, conv_out=TemporalConvConfig())
     check_frame_size(vae, config.size)
     clips = _training_clips(config)
     held_out = _Measured(config, vae) if config.held_out else None
@@ -279,7 +282,7 @@ def run_decoder_stage(config: DecoderConfig) -> dict[str, dict[str, float]]:
         clips,
         config.optim,
         config.options,
-        temporal=_layers(config),
+        temporal=temporal,
         seed=config.seed,
         accelerator=accelerator,
         run=run,
@@ -293,12 +296,6 @@ def run_decoder_stage(config: DecoderConfig) -> dict[str, dict[str, float]]:
             held_out.show(config.out)
         run.finish(history, started=started, **result)
     return result
-
-
-def _layers(config: DecoderConfig) -> TemporalConfig | None:
-    if config.temporal is not None:
-        return TemporalConfig.from_dict(read(config.temporal))
-    return replace(DECODER_LAYERS, conv_out=TemporalConvConfig()) if config.svd_layout else None
 
 
 def _training_clips(config: DecoderConfig) -> Tensor | Stream:

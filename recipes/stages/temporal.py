@@ -10,11 +10,29 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of, inject
+from temporal_layers.adapters import TemporalAdapter, TemporalConfig, adapter_of, inject, plan
+from temporal_layers.recipes.training.configs import read
 from temporal_layers.recipes.training.engine import OptimConfig, fit
 from temporal_layers.recipes.training.streams import Stream
 
 Trained = Literal["temporal", "all"]
+
+
+def layers_in_file(path: Path | None, model: nn.Module) -> TemporalConfig | None:
+    """What a file says that is to be injected, if there is one; for before the videos are looked at.
+
+    Args:
+        path: File of a ``TemporalConfig``, or None.
+        model: What it is for, without temporal layers.
+
+    Raises:
+        ValueError: If the file cannot be read or does not fit the model.
+    """
+    if path is None:
+        return None
+    config = TemporalConfig.from_dict(read(path))
+    plan(model, config)
+    return config
 
 
 def trainable_adapter(

@@ -30,10 +30,16 @@ from temporal_layers.recipes.image_ldm import load_shipped
 from temporal_layers.recipes.stages.clips import DRIVING
 from temporal_layers.recipes.stages.image import HELD_OUT
 from temporal_layers.recipes.stages.image_objectives import as_float
-from temporal_layers.recipes.stages.temporal import Trained, fit_adapter, save_trained, trainable_adapter
+from temporal_layers.recipes.stages.temporal import (
+    Trained,
+    fit_adapter,
+    layers_in_file,
+    save_trained,
+    trainable_adapter,
+)
 from temporal_layers.recipes.stages.upscale_metrics import measure_upscaler
 from temporal_layers.recipes.stages.upscale_patches import UpscaleObjective, UpscaleSamples
-from temporal_layers.recipes.training.configs import parse, read
+from temporal_layers.recipes.training.configs import parse
 from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, fit, make_accelerator
 from temporal_layers.recipes.training.streams import Batch, SampleStream, Stream
 from temporal_layers.recipes.upscaler import Upscaler, UpscalerConfig, build_upscaler, load_upscaler
@@ -323,6 +329,7 @@ def run_upscale_stage(config: UpscaleConfig) -> Upscaler:
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
     started = time.perf_counter()
     upscaler = _upscaler(config).to(accelerator.device)
+    temporal = layers_in_file(config.temporal, upscaler.unet)
     if config.start_from is not None:
         TemporalAdapter.from_pretrained(upscaler.unet, config.start_from)
     stream = _samples(upscaler, config)
@@ -349,7 +356,6 @@ def run_upscale_stage(config: UpscaleConfig) -> Upscaler:
         if run is not None:
             _save_image(upscaler, config.out)
     else:
-        temporal = None if config.temporal is None else TemporalConfig.from_dict(read(config.temporal))
         options = {"num_frames": config.num_frames, "temporal": temporal, "train": config.train, **given}
         adapter, history = train_upscaler(upscaler, stream, None, config.optim, **options)
         if run is not None:

@@ -32,9 +32,16 @@ from temporal_layers.recipes.stages.clips import (
     open_clips,
     open_pixels,
 )
-from temporal_layers.recipes.stages.temporal import Trained, alphas, fit_adapter, save_trained, trainable_adapter
+from temporal_layers.recipes.stages.temporal import (
+    Trained,
+    alphas,
+    fit_adapter,
+    layers_in_file,
+    save_trained,
+    trainable_adapter,
+)
 from temporal_layers.recipes.stages.validation import ClipValidation, ValidationConfig
-from temporal_layers.recipes.training.configs import parse, read
+from temporal_layers.recipes.training.configs import parse
 from temporal_layers.recipes.training.engine import EngineConfig, OptimConfig, RunFolder, make_accelerator
 from temporal_layers.recipes.training.streams import SampleStream
 
@@ -210,6 +217,7 @@ def run_video_stage(config: VideoConfig) -> TemporalAdapter:
     run = RunFolder(config.out, config) if accelerator.is_main_process else None
     started = time.perf_counter()
     base = load_base(config.clips.model).to(accelerator.device)
+    temporal = layers_in_file(config.temporal, base.unet)
     if config.start_from is not None:
         TemporalAdapter.from_pretrained(base.unet, config.start_from)
     clips: Clips | ClipsConfig = config.clips
@@ -220,7 +228,7 @@ def run_video_stage(config: VideoConfig) -> TemporalAdapter:
         clips,
         config.optim,
         num_frames=config.num_frames,
-        temporal=None if config.temporal is None else TemporalConfig.from_dict(read(config.temporal)),
+        temporal=temporal,
         train=config.train,
         label_drop=config.label_drop,
         noise_correlation=config.noise_correlation,

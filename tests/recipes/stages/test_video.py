@@ -342,3 +342,26 @@ def test_settings_that_make_no_sense_are_refused_before_anything_loads(words, me
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "video", *words])
     assert stop.value.code == 2 and message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("stage", "data", "more"),
+    [("video", "clips.data", []), ("decoder", "data", ["--held-out", "0"]), ("upscale", "data", [])],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "layers.yaml: expected a readable file of settings"),
+        ("include: [no_such_block]", "expected a pattern that is found in the name of a site, got 'no_such_block'"),
+    ],
+)
+def test_layers_that_make_no_sense_are_refused_before_videos_are_looked_at(
+    stage, data, more, text, message, tmp_path, capsys
+):
+    layers = tmp_path / "layers.yaml"
+    if text is not None:
+        layers.write_text(text)
+    words = [f"--{data}.path", str(tmp_path / "nowhere"), "--temporal", str(layers), "--out", str(tmp_path / "run")]
+    assert cli.main(["train", stage, *words, *more]) == 1
+    assert message in capsys.readouterr().err
