@@ -117,6 +117,8 @@ def _unfold_output(output: Any, num_frames: Any) -> Any:
             return ClipDistribution(unfold_frames(value.parameters, num_frames))
         return unfold_frames(value, num_frames) if torch.is_tensor(value) and value.ndim == 4 else value
 
+    if torch.is_tensor(output):
+        return unfold(output)
     if isinstance(output, tuple):
         return tuple(map(unfold, output))
     for name, value in output.items():

@@ -180,8 +180,9 @@ def register_model(cls: type | str, *, family: Family = "unet", part: str | None
 
     Args:
         cls: the class, or its name.
-        family: ``"unet"`` for models called with ``(sample, timestep, ...)`` that return a tensor like ``sample``, in
-            a tuple or as the attribute ``sample``; ``"autoencoder"`` for models with ``encode`` and ``decode``.
+        family: ``"unet"`` for models called with ``(sample, timestep, ...)`` that return a tensor like ``sample``, by
+            itself, first in a tuple or as the attribute ``sample``; ``"autoencoder"`` for models with ``encode`` and
+            ``decode``.
         part: the child that gets the layers, for instance ``"decoder"``; the whole model if not given.
 
     Raises:

@@ -101,7 +101,7 @@ class VideoUNet(VideoModel):
 
     def forward(
         self,
-        sample: Tensor,
+        sample: Tensor | None = None,
         *args: Any,
         image_only: Tensor | None = None,
         frame_context: Tensor | None = None,
@@ -112,7 +112,8 @@ class VideoUNet(VideoModel):
 
         Args:
             sample: clips ``(batch, channels, frames, height, width)``, or images ``(batch, channels, height, width)``,
-                which are clips folded into the batch if the adapter's ``num_frames`` is set.
+                which are clips folded into the batch if the adapter's ``num_frames`` is set. By name, under the
+                name that it has in the image model.
             *args: as in the image model; first the timestep: a number, ``()``, ``(1,)``, ``(batch,)``,
                 ``(batch, frames)`` or ``(batch * frames,)``. With clips, every tensor with ``batch`` in front is
                 repeated for each frame and 5-D ones are folded.
@@ -129,6 +130,10 @@ class VideoUNet(VideoModel):
         Returns:
             What the image model returns, with clips if clips came in.
         """
+        if sample is None:
+            sample = kwargs.pop(type(self).argument_names[0], None)
+        if sample is None:
+            return super().forward(*args, **kwargs)  # says what is missing
         state, text = self._temporal_state, temporal_encoder_hidden_states
         if text is not None:
             self._check_text(text)
@@ -142,13 +147,23 @@ class VideoUNet(VideoModel):
         conv = getattr(self, "conv_in", None)
         conv = getattr(conv, "base_layer", conv)  # PEFT wraps layers
         check_axes(type(self).__name__, sample, getattr(conv, "in_channels", None))
-        timestep, *names = type(self).argument_names[1:]
-        repeat = PerFrame(type(self).__name__, sample.shape[0], num_frames, timestep=timestep)
-        args = tuple(repeat(name, value) for name, value in zip((timestep, *names), args, strict=False))
+        names = type(self).argument_names[1:]
+        repeat = PerFrame(type(self).__name__, sample.shape[0], num_frames, timestep=names[0] if names else None)
+        names += ("arguments",) * len(args)  # those of a forward with *arguments, which may be more than it has names
+        args = tuple(repeat(name, value) for name, value in zip(names, args, strict=False))
         kwargs = {name: repeat(name, value) for name, value in kwargs.items()}
-        output = super().forward(fold_frames(sample), *args, **kwargs)
+        return self._unfold(super().forward(fold_frames(sample), *args, **kwargs), num_frames)
+
+    def _unfold(self, output: Any, num_frames: Any) -> Any:
+        if torch.is_tensor(output):
+            return unfold_frames(output, num_frames)
         if isinstance(output, tuple):
             return (unfold_frames(output[0], num_frames), *output[1:])
+        if not torch.is_tensor(getattr(output, "sample", None)):
+            raise ValueError(
+                f"{type(self).__name__}: expected a model that returns a tensor, a tuple that begins with one, or an "
+                f"object with the attribute 'sample', got a {type(output).__name__}; return one of these"
+            )
         output.sample = unfold_frames(output.sample, num_frames)
         return output
 

@@ -97,6 +97,11 @@ class TemporalState:
                 f"(batch, channels, height, width), got shape {tuple(sample.shape)}"
             )
         if image_only is not None:
+            if not torch.is_tensor(image_only):
+                raise ValueError(
+                    f"{who}: image_only: expected a tensor of shape ({batch}, {num_frames}), one flag for each frame "
+                    f"of each clip, got a {type(image_only).__name__}; make one with torch.tensor(...)"
+                )
             if num_frames is None:
                 raise ValueError(
                     f"{who}: image_only: expected None for images, which bypass the temporal layers anyway, got shape "

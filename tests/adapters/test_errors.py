@@ -105,6 +105,17 @@ def test_a_folder_in_place_of_the_model(make_unet, tmp_path):
         TemporalAdapter.from_pretrained(str(tmp_path), make_unet())
 
 
+@pytest.mark.parametrize("flags", [True, [[True, False, False]] * 2], ids=["bool", "list"])
+def test_flags_of_images_that_are_no_tensor(make_unet, flags):
+    model = make_unet()
+    inject(model)
+    match = (
+        r"UNet2DConditionModel: image_only: expected a tensor of shape \(2, 3\), .* got a (bool|list); make one with"
+    )
+    with pytest.raises(ValueError, match=match):
+        model(torch.randn(2, 4, 3, 8, 8), 7, torch.randn(2, 3, 12), image_only=flags)
+
+
 def test_unknown_modules_and_pipelines(make_unet, unchanged):
     part = make_unet().down_blocks[0]
     with unchanged(

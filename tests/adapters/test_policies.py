@@ -1,5 +1,7 @@
 """Which sites the options of TemporalConfig pick, against lists written out by hand."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -281,6 +283,75 @@ def test_own_classes_in_three_lines(registered, randomise):
         hidden = Mixer.forward(model.mixer, hidden, words=words.repeat_interleave(3, 0))
         hidden = adapter.layers["mixer"](hidden, words, num_frames=3)
     torch.testing.assert_close(out, hidden.unflatten(0, (2, 3)).transpose(1, 2))
+
+
+@dataclass
+class Output:
+    sample: torch.Tensor
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, "more"), Output], ids=["tensor", "tuple", "attribute"])
+def test_what_own_models_may_be_called_with_and_return(registered, randomise, fold, wrap):
+    class Denoiser(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, noisy, *maps, when=None):
+            return wrap(self.block(noisy + sum(maps), when))
+
+    def result_of(output):
+        return output.sample if isinstance(output, Output) else output[0] if isinstance(output, tuple) else output
+
+    register_model(Denoiser)
+    model, clips, when = Denoiser(), torch.randn(2, 4, 3, 6, 5), torch.randn(2, 6)
+    maps, single = torch.randn(2, 2, 4, 3, 6, 5), torch.randn(2, 4, 6, 5)
+    with torch.no_grad():
+        folded = (*map(fold, (clips, *maps)), single.repeat_interleave(3, 0))
+        expected = result_of(model(*folded, when=when.repeat_interleave(3, 0)))
+        inject(model)
+        found = result_of(model(clips, *maps, single, when=when))
+        by_name = result_of(model(noisy=clips, when=when))
+    assert torch.equal(fold(found), expected)
+    assert by_name.shape == clips.shape
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,)], ids=["tensor", "tuple"])
+def test_what_own_autoencoders_may_return(registered, fold, wrap):
+    class Autoencoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = Block()
+
+        def encode(self, pixels):
+            return wrap(pixels / 2)
+
+        def decode(self, latents):
+            return wrap(self.decoder(latents, torch.zeros(len(latents), 6)))
+
+        def forward(self, pixels):
+            return pixels
+
+    register_model(Autoencoder, family="autoencoder", part="decoder")
+    model, clips = Autoencoder(), torch.randn(2, 4, 3, 6, 5)
+    with torch.no_grad():
+        expected = model.decode(fold(clips))
+        inject(model)
+        found, latents = model.decode(clips), model.encode(clips)
+    if isinstance(found, tuple):
+        (expected,), (found,), (latents,) = expected, found, latents
+    assert torch.equal(fold(found), expected) and torch.equal(latents, clips / 2)
+
+
+def test_an_own_model_that_returns_something_else(registered):
+    class Wordy(OwnUNet):
+        def forward(self, sample, when, words):
+            return {"prediction": super().forward(sample, when, words)[0]}
+
+    model = Wordy()
+    inject(model)
+    with pytest.raises(ValueError, match=r"Wordy: expected a model that returns a tensor, .* got a dict; return one"):
+        model(torch.randn(2, 4, 3, 6, 5), torch.tensor([1, 2]), torch.randn(2, 7, 5))
 
 
 @pytest.mark.parametrize(
