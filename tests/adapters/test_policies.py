@@ -318,16 +318,24 @@ def test_what_own_models_may_be_called_with_and_return(registered, randomise, fo
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,)], ids=["tensor", "tuple"])
 def test_what_own_autoencoders_may_return(registered, fold, wrap):
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, latents):
+            return self.block(latents, torch.zeros(len(latents), 6))
+
     class Autoencoder(nn.Module):
         def __init__(self):
             super().__init__()
-            self.decoder = Block()
+            self.decoder = Decoder()
 
         def encode(self, pixels):
             return wrap(pixels / 2)
 
         def decode(self, latents):
-            return wrap(self.decoder(latents, torch.zeros(len(latents), 6)))
+            return wrap(self.decoder(latents))
 
         def forward(self, pixels):
             return pixels
