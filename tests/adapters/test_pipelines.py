@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    AutoPipelineForImage2Image,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -108,6 +109,14 @@ def test_saving_the_pipeline_and_the_adapter(pipe, randomise, tmp_path):
     weights = pipe.unet.state_dict()
     assert plain.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in loaded.model.state_dict().items())
+
+
+def test_pipelines_made_of_each_other_share_the_layers(pipe, randomise):
+    randomise(inject(pipe.unet))
+    named = StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet, requires_safety_checker=False)
+    for other in (AutoPipelineForImage2Image.from_pipe(pipe, requires_safety_checker=False), named):
+        assert type(other) is StableDiffusionImg2ImgPipeline
+        assert other.unet is pipe.unet
 
 
 def test_casting_the_pipeline_keeps_alpha_wide(pipe):
