@@ -1,7 +1,7 @@
 """Linear interpolation of adapters."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -35,13 +35,16 @@ def merge(adapters: Sequence[Source], weights: Sequence[float]) -> AdapterWeight
         ``save_pretrained``.
 
     Raises:
-        ValueError: if there are no adapters or not as many weights, the weights are not from 0 to 1 or their sum is
-            not 1, or an adapter differs from the first in configuration, sites or tensors.
+        ValueError: if something is no list, there are no adapters or not as many weights, the weights are not from 0
+            to 1 or their sum is not 1, or an adapter differs from the first in configuration, sites or tensors.
 
     Example:
         >>> both = merge(["motion", "zoom"], weights=[0.3, 0.7])  # doctest: +SKIP
         >>> adapter = TemporalAdapter.from_pretrained(unet, both)  # doctest: +SKIP
     """
+    for name, value in (("adapters", adapters), ("weights", weights)):
+        if not isinstance(value, Iterable) or isinstance(value, str):
+            raise ValueError(f"merge: {name}: expected a list, got {value!r}; pass one of each for every adapter")
     adapters, weights = list(adapters), list(weights)
     _check_weights(len(adapters), weights)
     read = [_read(adapter) for adapter in adapters]

@@ -132,6 +132,8 @@ class VideoCascade:
         """
         check_output_type(_WHO, output_type)
         self._check(output_type, levels, num_key_frames, keep)
+        decoder = self.interpolation if self._takes_part("interpolation", levels) else self.key_frames
+        decoder.check_decoding(decode_chunk_size)
         done: dict[str, Tensor] = {}
         run = _Run(self, progress, [name for name in STAGES if self._takes_part(name, levels)])
         with run:
@@ -142,7 +144,6 @@ class VideoCascade:
                 latents = run("interpolation", self.interpolation, prompt=prompt, **{**words, **(interpolation or {})})
                 rate = rate * FACTOR**levels
                 _finish(done, "interpolation", latents, rate, keep, on_stage)
-            decoder = self.interpolation if self._takes_part("interpolation", levels) else self.key_frames
             with run.stage("decoding", decoder):
                 clips = decoder.decode_clips(latents.to(self.device), decode_chunk_size=decode_chunk_size).cpu()
             del latents

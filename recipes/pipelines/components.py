@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from temporal_layers import fold_frames, unfold_frames
 from temporal_layers.adapters import TemporalAdapter
+from temporal_layers.config import check_at_least
 from temporal_layers.recipes.autoencoding import decode_latents, encode_frames, pixels_per_latent
 from temporal_layers.recipes.bases import LabelBase, PipelineBase, VideoBase
 from temporal_layers.recipes.image_ldm import ImageLDM, LabelConditioner
@@ -249,11 +250,21 @@ class TemporalPipeline(InjectedPipeline, TextualInversionLoaderMixin, StableDiff
         Raises:
             ValueError: As there.
         """
+        self.check_decoding(decode_chunk_size)
         if self.vae is None:
             return self.base.decode(latents)
         options = {} if decode_chunk_size is None else {"batch_size": decode_chunk_size}
         with self._vae_in_range(), self._in_chunks(decode_chunk_size):
             return decode_latents(self.vae, latents, **options)
+
+    def check_decoding(self, decode_chunk_size: int | None) -> None:
+        """Raise a ValueError unless `decode_clips` takes such chunks: before there are clips that would be lost."""
+        if decode_chunk_size is None:
+            return
+        check_at_least(f"{type(self).__name__}: decode_chunk_size", decode_chunk_size, 1)
+        if self.vae is not None:
+            with self._in_chunks(decode_chunk_size):
+                pass
 
     def finish(
         self, latents: Float[Tensor, "b c f h w"], *, output_type: str, return_dict: bool, **decoding: Any

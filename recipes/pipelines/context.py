@@ -76,6 +76,7 @@ class ContextPipeline(TemporalPipeline):
             Interrupted: If a callback has, before there was a frame.
         """
         check_output_type(type(self).__name__, output_type)
+        self.check_decoding(decode_chunk_size)
         parts = list(self.stream(prompt, *given, **how))
         if not parts:
             raise Interrupted(f"{type(self).__name__}: interrupted before there was a frame")

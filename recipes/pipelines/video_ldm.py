@@ -157,6 +157,7 @@ class VideoLDMPipeline(TemporalPipeline):
         _check_pairs(image, context_guidance_scale, context_noise_level, video, strength, window, window_overlap)
         self.adapter  # noqa: B018 - says what to do if there is none
         check_at_least(f"{_WHO}: num_videos_per_prompt", num_videos_per_prompt, 1)
+        self.check_decoding(decode_chunk_size)
         size = self._size(height, width)
         clean = None if video is None else clips_of(f"{_WHO}: video", video, size)
         num_frames = _num_frames(num_frames, clean)

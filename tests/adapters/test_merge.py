@@ -147,6 +147,19 @@ def test_nothing_to_merge():
 
 
 @pytest.mark.parametrize(
+    ("adapters", "weights", "match"),
+    [
+        ("motion", [1.0], "merge: adapters: expected a list, got 'motion'; pass one of each for every adapter"),
+        (["motion"], None, "merge: weights: expected a list, got None; pass one of each for every adapter"),
+        (["motion"], 1.0, "merge: weights: expected a list, got 1.0"),
+    ],
+)
+def test_what_is_no_list(adapters, weights, match):
+    with pytest.raises(ValueError, match=match):
+        merge(adapters, weights)
+
+
+@pytest.mark.parametrize(
     ("config", "changes", "match"),
     [
         (

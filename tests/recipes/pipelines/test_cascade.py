@@ -128,6 +128,13 @@ def test_refusals(parts, options, text):
         run(VideoCascade(*parts), **options)
 
 
+def test_chunks_that_cannot_be_are_refused_before_the_first_stage(parts):
+    done = []
+    with pytest.raises(ValueError, match=r"decode_chunk_size: expected a whole number of at least 1, got 0"):
+        run(VideoCascade(*parts), decode_chunk_size=0, on_stage=lambda name, *rest: done.append(name))
+    assert done == []
+
+
 def test_missing_and_wrong_stages_are_named(parts):
     with pytest.raises(ValueError, match=r"VideoCascade: levels: expected 0 without an interpolation pipeline, got 2"):
         run(VideoCascade(parts[0]))

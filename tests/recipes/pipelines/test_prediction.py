@@ -320,6 +320,14 @@ def test_refusals(pipeline, call, text):
         call(pipeline)
 
 
+def test_chunks_that_cannot_be_are_refused_before_anything_is_sampled(pipeline):
+    def too_late(*told):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="VideoPredictionPipeline: decode_chunk_size: expected a whole number of at"):
+        pipeline("day", num_frames=4, decode_chunk_size=0, callback_on_step_end=too_late, **SHORT)
+
+
 @pytest.mark.parametrize("generator", [3, [3]])
 def test_a_seed_in_place_of_a_generator_is_refused(pipeline, generator):
     with pytest.raises(ValueError, match=r"VideoPredictionPipeline: generator: expected a torch.Generator or a list"):

@@ -392,6 +392,18 @@ def test_decoding_in_chunks(labels, randomise):
     assert torch.equal(labels("day", **options).frames, chunked)  # as it was
 
 
+def test_chunks_that_cannot_be_are_refused_before_anything_is_sampled(labels, randomise):
+    def too_late(*told):
+        raise AssertionError
+
+    options = {"num_frames": 4, "callback_on_step_end": too_late, **FEW}
+    with pytest.raises(ValueError, match="VideoLDMPipeline: decode_chunk_size: expected a whole number of at least 1"):
+        labels("day", decode_chunk_size=0, **options)
+    randomise(inject(labels.vae, TemporalConfig.for_decoder()))
+    with pytest.raises(ValueError, match="enable_temporal_chunking: overlap: expected a number of frames, got None"):
+        labels("day", decode_chunk_size=2, **options)
+
+
 def test_the_autoencoder_of_xl_runs_in_single_precision(stable_diffusion_xl, randomise):
     randomise(inject(stable_diffusion_xl.unet))
     pipeline = VideoLDMPipeline.from_image_pipeline(stable_diffusion_xl)
