@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python3 dev.py bench", description="Measures the operators and layers against their peers."
     )
     options.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-    options.add_argument("--ops", nargs="+", choices=cases.OPS, default=cases.OPS, metavar="OP", help="operators")
+    options.add_argument("--ops", nargs="+", choices=cases.OPS, metavar="OP", help="operators and layers")
     options.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose name contains one of the texts")
     options.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="default: bfloat16; on a CPU float32 too")
     options.add_argument("--forward", action="store_true", help="leave the backward pass out")
@@ -46,8 +46,9 @@ def plan_of(options: argparse.Namespace, device: str) -> Plan:
     if options.cases:
         chosen = tuple(case for case in chosen if any(text in case.name for text in options.cases))
     names = options.dtypes or (["bfloat16"] if on_gpu else ["float32", "bfloat16"])
+    ops = options.ops or [op for op in cases.OPS if on_gpu or options.smoke or op not in cases.FUSIONS]
     # Case by case, so that a run that is cut short has every operator on the first ones.
-    jobs = tuple((op, case, DTYPES[name]) for case in chosen for op in options.ops if case.suits(op) for name in names)
+    jobs = tuple((op, case, DTYPES[name]) for case in chosen for op in ops if case.suits(op) for name in names)
     return Plan(
         device=device,
         jobs=jobs,

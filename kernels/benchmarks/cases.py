@@ -10,6 +10,8 @@ OPERATORS = (
     "temporal_attention", "group_norm", "alpha_blend", "alpha_residual", "temporal_conv", "temporal_conv_residual",
     "linear_norm", "linear_residual", "geglu", "geglu_norm",
 )  # fmt: skip
+# Products and what stands around them: on a CPU parts in a row, as in a model, and left out there.
+FUSIONS = ("temporal_conv_residual", "linear_norm", "linear_residual", "geglu_norm")
 LAYERS = ("res_block", "transformer")
 IN_TRANSFORMERS = ("temporal_attention", "linear_norm", "linear_residual", "geglu", "geglu_norm", "transformer")
 OPS = OPERATORS + LAYERS
