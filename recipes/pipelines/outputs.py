@@ -74,6 +74,8 @@ def clips_of(who: str, frames: Frames, size: tuple[int, int]) -> Float[Tensor, "
             f"{who}: expected frames of 3 channels, {size[0]} high and {size[1]} wide, got "
             f"{clips.shape[1]} channels, {clips.shape[-2]} high and {clips.shape[-1]} wide; resize them, or pass images"
         )
+    if clips.numel() == 0:
+        raise ValueError(f"{who}: expected a frame at least, got none, of {_described(frames)}")
     if not 0 <= clips.min() <= clips.max() <= 1:
         raise ValueError(
             f"{who}: expected values in [0, 1], got {clips.min():.3g} to {clips.max():.3g}; divide bytes by 255"

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from temporal_layers.config import check_at_least
 from temporal_layers.recipes.pipelines.context import ContextPipeline
 from temporal_layers.recipes.pipelines.injected import OnStepEnd
 from temporal_layers.recipes.pipelines.outputs import Frames
@@ -77,12 +78,18 @@ class VideoPredictionPipeline(ContextPipeline):
         Raises:
             ValueError: If arguments do not fit each other, the model or the clips; the text says which.
         """
+        check_at_least(f"{type(self).__name__}: num_frames", num_frames, 1)
         planes, size = self.planes, self._size(height, width)
         if image is None and image_latents is None:
             factor = self._factor
             given = torch.empty(1, planes.latent_channels, 0, size[0] // factor, size[1] // factor)
         else:
             given = self._given("image", image, image_latents, size)
+        if given.shape[2] > num_frames:
+            raise ValueError(
+                f"{type(self).__name__}: num_frames: expected at least the {given.shape[2]} given frames, which it "
+                f"includes, got {num_frames}; ask for more, or give the last ones only"
+            )
         call = self.prepare(prompt, given, **sampling)
         passes = prediction_windows(num_frames, first=given.shape[2], window=window, overlap=window_overlap)
 

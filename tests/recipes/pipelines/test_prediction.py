@@ -306,6 +306,16 @@ def test_other_schedulers_and_precisions(pipeline):
             lambda pipe: pipe("day", generator=seeded(1, 2)),
             r"VideoPredictionPipeline: generator: expected one, or one for each of 1 clips, got 2",
         ),
+        (
+            lambda pipe: pipe(num_frames=0),
+            r"VideoPredictionPipeline: num_frames: expected a whole number of at least 1",
+        ),
+        (lambda pipe: pipe(num_frames=2.5), r"num_frames: expected a whole number of at least 1, got 2.5"),
+        (
+            lambda pipe: pipe("day", torch.rand(5, 3, 16, 24), num_frames=3),
+            r"VideoPredictionPipeline: num_frames: expected at least the 5 given frames, .* got 3; ask for more",
+        ),
+        (lambda pipe: pipe("day", torch.rand(0, 3, 16, 24)), r"image: expected a frame at least, got none, of Tensor"),
         (lambda pipe: pipe(window=2), r"prediction_windows: .* overlap from 1 to below window=2, got .*overlap=2"),
         (lambda pipe: pipe(context_noise_level=251), r"ContextPlanes.build: expected levels from 0 to 250 .*level=251"),
         (lambda pipe: pipe(eta=1.0), r"ContextSampling: .*eta from 0 to below 1"),
