@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--skip", nargs="+", default=(), metavar="PROVIDER", help="providers to leave out")
     options.add_argument("--compile", action="store_true", help="torch.compile in every case (slow)")
     options.add_argument("--smoke", action="store_true", help="one tiny case: does everything still run?")
-    options.add_argument("--limit", type=float, help="seconds after which nothing new starts (GPU 420, CPU 150)")
+    options.add_argument("--limit", type=float, help="seconds after which nothing new starts (GPU 420, CPU 165)")
     options.add_argument("--threads", type=int, default=1, help="threads of PyTorch on a CPU (default 1)")
     options.add_argument("--tests", action="store_true", help="run the operators' tests first; measure if they pass")
     options.add_argument("--commit", help="commit to write into the result, where git cannot tell")
@@ -57,7 +57,7 @@ def plan_of(options: argparse.Namespace, device: str) -> Plan:
         compiled=options.compile,
         seconds=0.02 if options.smoke else 0.06 if on_gpu else 0.2,
         rounds=3 if on_gpu or options.smoke else 5,
-        limit=options.limit or (420 if on_gpu else 150),
+        limit=options.limit or (420 if on_gpu else 165),
     )
 
 

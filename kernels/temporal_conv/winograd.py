@@ -20,7 +20,6 @@ Networks (2016).
 
 import functools
 import itertools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -108,15 +107,27 @@ def matrices(x: Tensor, num_frames: int) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(rows, dtype=x.dtype, device=x.device) for rows in transforms(num_frames))
 
 
-def blocks(x: Tensor, out: int) -> Iterator[tuple[int, slice]]:
-    """The clip and the positions to work on together, one after the other."""
-    batch, num_frames, positions, channels = x.shape
-    of_position = PRODUCTS * groups_of(num_frames) * (channels + out) * x.element_size()
-    count = -(-positions // max(16, WORKING_BYTES // of_position))
-    bounds = [positions * index // count for index in range(count + 1)]
-    for clip in range(batch):
-        for start, end in itertools.pairwise(bounds):
-            yield clip, slice(start, end)
+class Blocks:
+    """Positions to work on together, and memory that all blocks share: new memory of this size costs page faults.
+
+    Args:
+        x: ``(batch, frames, positions, channels)``.
+        out: Channels of the result.
+    """
+
+    def __init__(self, x: Tensor, out: int) -> None:
+        batch, num_frames, positions, channels = x.shape
+        self.rows = PRODUCTS * groups_of(num_frames)  # at each position
+        count = -(-positions // max(16, WORKING_BYTES // (self.rows * (channels + out) * x.element_size())))
+        bounds = [positions * index // count for index in range(count + 1)]
+        self.places = [(clip, slice(start, end)) for clip in range(batch) for start, end in itertools.pairwise(bounds)]
+        most = self.rows * -(-positions // count)
+        self.memory = {"in": x.new_empty(most * channels), "out": x.new_empty(most * out)}
+
+    def room(self, side: str, place: slice, channels: int) -> Tensor:
+        """``(rows, positions * channels)`` for one of the two sides of a convolution."""
+        width = (place.stop - place.start) * channels
+        return self.memory[side][: self.rows * width].view(self.rows, width)
 
 
 def rows_of(x: Tensor, clip: int, positions: slice) -> Tensor:
@@ -146,15 +157,16 @@ def forward(x: Tensor, weight: Tensor, added: Tensor | None, residual: Tensor | 
         back = back * share
     result = x.new_empty(batch, num_frames, positions, out)
     every = None if added is None else added.expand(batch, num_frames, 1, out)
-    for clip, place in blocks(x, out):
-        values = torch.mm(of_frames, rows_of(x, clip, place)).view(PRODUCTS, -1, channels)
-        products = values.new_empty(PRODUCTS, values.shape[1], out)
+    blocks = Blocks(x, out)
+    for clip, place in blocks.places:
+        values, products = blocks.room("in", place, channels), blocks.room("out", place, out)
+        torch.mm(of_frames, rows_of(x, clip, place), out=values)
+        factors, sums = values.view(PRODUCTS, -1, channels), products.view(PRODUCTS, -1, out)
         for first in range(0, channels, TERMS):
             terms = slice(first, first + TERMS)
-            # Anew for each block: all filters at once would leave the cache, or fault in tens of megabytes.
+            # Anew for each block: all filters at once would not stay in the cache.
             filters = torch.mm(of_taps, weight[:, terms].reshape(-1, TAPS).t()).view(PRODUCTS, out, -1).transpose(1, 2)
-            torch.baddbmm(products, values[:, :, terms], filters, beta=float(first > 0), out=products)
-        products = products.view(len(of_frames), -1)
+            sums.baddbmm_(factors[:, :, terms], filters, beta=float(first > 0))
         target = rows_of(result, clip, place)
         if residual is None:
             torch.mm(back, products, out=target)
@@ -171,10 +183,12 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     x, grad = x.contiguous(), grad.contiguous()
     of_frames, back, of_taps = matrices(x, x.shape[1])
     total = x.new_zeros(PRODUCTS, out, channels)
-    for clip, place in blocks(x, out):
-        values = torch.mm(of_frames, rows_of(x, clip, place)).view(PRODUCTS, -1, channels)
-        to_products = torch.mm(back.t(), rows_of(grad, clip, place)).view(PRODUCTS, -1, out)
-        total.baddbmm_(to_products.transpose(1, 2), values)
+    blocks = Blocks(x, out)
+    for clip, place in blocks.places:
+        values, to_products = blocks.room("in", place, channels), blocks.room("out", place, out)
+        torch.mm(of_frames, rows_of(x, clip, place), out=values)
+        torch.mm(back.t(), rows_of(grad, clip, place), out=to_products)
+        total.baddbmm_(to_products.view(PRODUCTS, -1, out).transpose(1, 2), values.view(PRODUCTS, -1, channels))
     return torch.mm(total.view(PRODUCTS, -1).t(), of_taps).view(out, channels, TAPS)
 
 
