@@ -55,7 +55,7 @@ def plan_of(options: argparse.Namespace, device: str) -> Plan:
         modes=("forward",) if options.forward else ("forward", "backward"),
         skip=frozenset(options.skip),
         compiled=options.compile,
-        seconds=0.02 if options.smoke else 0.06 if on_gpu else 0.2,
+        seconds=0.02 if options.smoke else 0.06 if on_gpu else 0.16,
         rounds=3 if on_gpu or options.smoke else 5,
         limit=options.limit or (420 if on_gpu else 165),
     )
