@@ -58,8 +58,11 @@ def load_dream(config: DreamSampleConfig) -> VideoLDMPipeline:
         raise ValueError(
             f"--personal: expected model/ or lora/ in {config.personal}, got neither; the training has not ended"
         )
-    layers = {"adapter": SHIPPED_ADAPTER, **parts(config)} if not name else parts(config)
-    pipeline = VideoLDMPipeline.from_image_pipeline(image_model(base), temporal_text=image_model(original), **layers)
+    if config.unet:
+        raise ValueError(f"--unet: expected none, since the subject's model has its own, got {config.unet}")
+    image = image_model(base)
+    layers = {"adapter": SHIPPED_ADAPTER, **parts(config, image)} if not name else parts(config, image)
+    pipeline = VideoLDMPipeline.from_image_pipeline(image, temporal_text=image_model(original), **layers)
     return ready(pipeline, config)
 
 

@@ -45,6 +45,8 @@ class SampleConfig:
             Hugging Face hub. The one that comes with the package if empty.
         adapter: Folder or repository of temporal layers, to put into an image model.
         decoder: Likewise, for its decoder.
+        unet: Folder of a UNet in place of the image model's: the one that training with ``--train all`` leaves beside
+            its adapter.
         device: As torch names it; a GPU if there is one, if empty.
         fps: Frames per second of the file; what the command is made for if None.
         sheet: Draw a contact sheet.
@@ -61,6 +63,7 @@ class SampleConfig:
     model: str = ""
     adapter: str = ""
     decoder: str = ""
+    unet: str = ""
     device: str = ""
     fps: float | None = None
     sheet: bool = True
@@ -111,21 +114,22 @@ def load(kind: type[Pipeline], config: SampleConfig, shipped: Callable[[], Pipel
         check_no_parts(config)
         pipeline = kind.from_pretrained(config.model)
     else:
-        pipeline = kind.from_image_pipeline(image_model(load_base(config.model)), **parts(config))
+        image = image_model(load_base(config.model))
+        pipeline = kind.from_image_pipeline(image, **parts(config, image))
     return ready(pipeline, config)
 
 
 def check_no_parts(config: SampleConfig) -> None:
-    """Raise a ValueError if there are layers for a model that has its own: that of the package, or a saved pipeline."""
-    if not config.adapter and not config.decoder:
+    """Raise a ValueError if there are parts for a model that has its own: that of the package, or a saved pipeline."""
+    if not (config.adapter or config.decoder or config.unet):
         return
     if not config.model:
         raise ValueError(
-            "--adapter and --decoder: expected --model beside them, the image model that they are for, got none"
+            "--adapter, --decoder and --unet: expected --model beside them, the image model that they are for, got none"
         )
     raise ValueError(
-        f"--adapter and --decoder: expected an image model beside them, got {config.model}, which was saved with "
-        "its own temporal layers; leave them out, or name the image model"
+        f"--adapter, --decoder and --unet: expected an image model beside them, got {config.model}, which was saved "
+        "with its own temporal layers; leave them out, or name the image model"
     )
 
 
@@ -142,9 +146,27 @@ def image_model(base: VideoBase) -> Any:
     return base.ldm if isinstance(base, LabelBase) else base.pipeline
 
 
-def parts(config: SampleConfig) -> dict[str, str]:
-    """Temporal layers that are asked for."""
-    return {name: getattr(config, name) for name in ("adapter", "decoder") if getattr(config, name)}
+def parts(config: SampleConfig, image: Any) -> dict[str, Any]:
+    """Temporal layers that are asked for, and the UNet that goes with them.
+
+    Args:
+        config: Which.
+        image: The image model whose UNet the other one takes the place of.
+
+    Raises:
+        ValueError: If the layers were trained together with a UNet which is not asked for, or that is not there.
+    """
+    found: dict[str, Any] = {name: getattr(config, name) for name in ("adapter", "decoder") if getattr(config, name)}
+    beside = Path(config.adapter).parent / "unet"
+    if config.adapter and not config.unet and (beside / "config.json").is_file():
+        raise ValueError(
+            f"--unet: expected the UNet that was trained together with {config.adapter}, got none; pass --unet {beside}"
+        )
+    if config.unet:
+        if not (Path(config.unet) / "config.json").is_file():
+            raise ValueError(f"--unet: expected the folder of a UNet, as {beside}, got {config.unet}")
+        found["unet"] = type(image.unet).from_pretrained(config.unet)
+    return found
 
 
 def ready(pipeline: Any, config: SampleConfig) -> Any:

@@ -65,7 +65,7 @@ def load_upscale(config: SampleConfig) -> VideoUpscalePipeline:
         image = Upscaler.from_pretrained(config.model)
     else:
         image = load_image_pipeline(config.model)
-    return ready(VideoUpscalePipeline.from_image_pipeline(image, **parts(config)), config)
+    return ready(VideoUpscalePipeline.from_image_pipeline(image, **parts(config, image)), config)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -140,6 +140,26 @@ def test_a_text(stable_diffusion, tmp_path):
     assert read_video(tmp_path / "a.gif").frames.shape == (3, 2, 32, 32)
 
 
+def test_layers_that_were_trained_together_with_a_unet(stable_diffusion, tmp_path, capsys):
+    """Asked for without it, they are refused: on another UNet they would give other clips."""
+    stable_diffusion.save_pretrained(tmp_path / "image")
+    with torch.no_grad():
+        stable_diffusion.unet.conv_out.weight.mul_(2)
+    stable_diffusion.unet.save_pretrained(tmp_path / "run" / "unet")
+    inject(stable_diffusion.unet).save_pretrained(tmp_path / "run" / "adapter")
+    words = ["--model", tmp_path / "image", "--adapter", tmp_path / "run" / "adapter", "--num-frames", 2]
+    words = [str(word) for word in [*words, "--steps", 1, "--height", 32, "--width", 32]]
+    assert main(["sample", "text", "a road", *words, "--out", str(tmp_path / "a.png")]) == 1
+    assert f"pass --unet {tmp_path / 'run' / 'unet'}" in capsys.readouterr().err
+    sample("text", "a road", *words, "--unet", tmp_path / "run" / "unet", "--out", tmp_path / "a.png")
+    (tmp_path / "run" / "adapter").rename(tmp_path / "adapter")  # away from its UNet, the image model's own is taken
+    words[3] = str(tmp_path / "adapter")
+    sample("text", "a road", *words, "--out", tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    assert main(["sample", "text", "a road", *words, "--unet", str(tmp_path), "--out", str(tmp_path / "c.png")]) == 1
+    assert "--unet: expected the folder of a UNet" in capsys.readouterr().err
+
+
 def test_a_subject_under_the_same_temporal_layers(folder, tmp_path):
     original = VideoLDMPipeline.from_pretrained(folder / "video")
     ldm = original.base.ldm
@@ -201,7 +221,7 @@ def test_ctrl_c_in_a_roll_out_leaves_the_windows_that_are_done(folder, tmp_path,
     ("words", "text"),
     [
         (["label", "--out", "a.avi"], "--out: expected .mp4"),
-        (["label", "--adapter", "x"], "--adapter and --decoder: expected --model beside them"),
+        (["label", "--adapter", "x"], "--adapter, --decoder and --unet: expected --model beside them"),
         (["label", "--count", "0"], "--count and --steps: expected at least 1, got 0"),
         (["text", "a road"], "--model: expected one that reads text"),
         (["label", "night", "--scheduler", "Best"], "--scheduler: expected one of .*DDIMScheduler.* got 'Best'"),
@@ -230,11 +250,11 @@ def test_refusals(words, text, capsys):
 
 def test_layers_beside_a_pipeline_that_has_its_own_are_refused(folder, capsys):
     for command, name in (("label", "video"), ("upscale", "upscaling")):
-        for option in ("--adapter", "--decoder"):
+        for option in ("--adapter", "--decoder", "--unet"):
             assert main(["sample", command, "--model", str(folder / name), option, "motion", *FEW[:2]]) == 1
             said = capsys.readouterr().err
             assert re.search(
-                rf"--adapter and --decoder: expected an image model .* got .*{name}, which was saved", said
+                rf"--adapter, --decoder and --unet: expected an image model .* got .*{name}, which was saved", said
             )
 
 
