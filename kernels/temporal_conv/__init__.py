@@ -38,6 +38,11 @@ def temporal_conv(
     CPU that is ``conv3d`` on a view of the maps, except for small clips in fp32; for these and elsewhere it is a 2-D
     convolution over stacked frames.
 
+    On Intel's processors and from 256 channels on, the reference in fp32 is Winograd's form along frames (kernel 3, not
+    causal): its error is 1.6 times that of ``conv3d`` at most, and a value that is not finite spreads over all frames
+    of its pixel. In bf16, where there are no gradients to record, it is one product for each tap, whose sum is rounded
+    with each.
+
     Args:
         x: Maps with the frames folded innermost into the batch. Any strides, any floating dtype; channels-last
             is the fast layout, another one is copied to it first.

@@ -80,6 +80,23 @@ def test_error_in_single_precision(num_frames, channels):
     assert_within_budget(actual[5], expected[5], eager[5], magnitude=terms, what="share")
 
 
+def test_a_frame_reaches_no_further_than_the_groups_that_it_touches():
+    x, weight, *_ = operands(1, 16, 3, (4, 4), torch.float32)
+    whole = winograd.winograd_conv(x, weight, None, None, None)
+    for frame in range(16):
+        spoilt = x.clone()
+        spoilt[:, frame] += 1e6
+        result = winograd.winograd_conv(spoilt, weight, None, None, None)
+        reached = {seen // 4 for seen in (frame - 1, frame, frame + 1) if 0 <= seen < 16}
+        for group in range(4):
+            part = slice(4 * group, 4 * group + 4)
+            if group not in reached:
+                assert torch.equal(result[:, part], whole[:, part])
+        spoilt[0, frame, 1] = torch.nan
+        result = winograd.winograd_conv(spoilt, weight, None, None, None)
+        assert result[:, :, 1].isnan().all() and not result[:, :, [0, 2]].isnan().any()
+
+
 def test_gradients_of_gradients():
     x, weight, added, residual, share = operands(1, 5, 2, (2, 2))
     inputs = [value.requires_grad_() for value in (x, weight, added, residual, share)]
