@@ -11,8 +11,8 @@ A result is a difference of larger numbers, so the rounding of the products is a
 in parts it is 1.5 to 1.6 times, which oneDNN's ``conv2d`` exceeds from 320 channels on. Neighbouring results see each
 other's frames up to that rounding, so the form is not for causal convolutions.
 
-Zeros of the constant matrices keep frames apart that are not of a group or its neighbour, but a value that is not finite
-spreads over all frames of its position.
+Zeros of the constant matrices keep frames apart that are not of a group or its neighbour, but a value that is not
+finite spreads over all frames of its position.
 
 Source: Winograd, Arithmetic Complexity of Computations (1980); Lavin and Gray, Fast Algorithms for Convolutional Neural
 Networks (2016).
