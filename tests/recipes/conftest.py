@@ -10,6 +10,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -88,6 +89,12 @@ def make_vae():
         norm_num_groups=4,
         sample_size=32,
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def text_unet():
+    """`make_unet`, for tests in other files."""
+    return make_unet
 
 
 @pytest.fixture
@@ -169,4 +176,27 @@ def cascade_parts():
         VideoPredictionPipeline.from_image_pipeline(keys),
         VideoInterpolationPipeline.from_image_pipeline(between),
         VideoUpscalePipeline.from_image_pipeline(upscaler),
+    )
+
+
+@pytest.fixture
+def stable_upscaler(stable_diffusion):
+    """As Stable Diffusion x4: 4 + 3 channels in, noise levels from a table; here with an autoencoder of factor 2."""
+    stable_diffusion.vae.register_to_config(scaling_factor=0.08333)
+    return StableDiffusionUpscalePipeline(
+        vae=stable_diffusion.vae,
+        text_encoder=stable_diffusion.text_encoder,
+        tokenizer=stable_diffusion.tokenizer,
+        unet=make_unet(in_channels=7, num_class_embeds=1000),
+        low_res_scheduler=DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.0001,
+            beta_end=0.02,
+            prediction_type="v_prediction",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        max_noise_level=350,
     )

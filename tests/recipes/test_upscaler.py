@@ -4,11 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    DDIMScheduler,
     DDPMScheduler,
     IFSuperResolutionPipeline,
     StableDiffusionPipeline,
-    StableDiffusionUpscalePipeline,
     UNet2DConditionModel,
 )
 
@@ -53,43 +51,6 @@ def mix_frames(unet, seed=0):
             for parameter in layer.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return adapter
-
-
-def make_unet(**options):
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-        norm_num_groups=8,
-        cross_attention_dim=16,
-        **options,
-    ).eval()
-
-
-@pytest.fixture
-def latent_pipeline(stable_diffusion):
-    """As Stable Diffusion x4: 4 + 3 channels in, noise levels from a table; latents of a factor 2 here."""
-    stable_diffusion.vae.register_to_config(scaling_factor=0.08333)
-    return StableDiffusionUpscalePipeline(
-        vae=stable_diffusion.vae,
-        text_encoder=stable_diffusion.text_encoder,
-        tokenizer=stable_diffusion.tokenizer,
-        unet=make_unet(in_channels=7, num_class_embeds=1000),
-        low_res_scheduler=DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02),
-        scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=0.0001,
-            beta_end=0.02,
-            prediction_type="v_prediction",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        max_noise_level=350,
-    )
 
 
 def test_shrunk_is_the_mean_over_areas():
@@ -225,12 +186,12 @@ def test_saving_leaves_the_temporal_layers_out(upscaler, tmp_path):
     assert "_name_or_path" not in (tmp_path / "unet" / "config.json").read_text()
 
 
-def test_built_in_latents_it_is_a_stable_diffusion_upscaler(latent_pipeline):
+def test_built_in_latents_it_is_a_stable_diffusion_upscaler(stable_upscaler):
     """The layout of `StableDiffusionUpscalePipeline`: noisy latents beside low-resolution pixels."""
-    vae = latent_pipeline.vae
+    vae = stable_upscaler.vae
     made = build_upscaler(TINY, vae)
-    assert made.unet.config.in_channels == latent_pipeline.unet.config.in_channels == 7
-    assert made.unet.config.out_channels == latent_pipeline.unet.config.out_channels == 4
+    assert made.unet.config.in_channels == stable_upscaler.unet.config.in_channels == 7
+    assert made.unet.config.out_channels == stable_upscaler.unet.config.out_channels == 4
     assert (made.cell, made.channels, made.vae) == (2, 4, vae)
     frames = upscale_clips(made, make_low_res(), num_inference_steps=2)
     assert frames.shape == (2, 3, 3, 16, 24) and frames.std() > 0
@@ -239,13 +200,13 @@ def test_built_in_latents_it_is_a_stable_diffusion_upscaler(latent_pipeline):
 
 
 @pytest.mark.parametrize("with_vae", [True, False])
-def test_an_upscaler_in_latents_is_saved_with_its_autoencoder_or_without(latent_pipeline, tmp_path, with_vae):
-    made = build_upscaler(TINY, latent_pipeline.vae)
+def test_an_upscaler_in_latents_is_saved_with_its_autoencoder_or_without(stable_upscaler, tmp_path, with_vae):
+    made = build_upscaler(TINY, stable_upscaler.vae)
     plain = upscale_clips(made, make_low_res(), num_inference_steps=2)
     mix_frames(made.unet)
     made.save_pretrained(tmp_path, with_vae=with_vae)
     assert (tmp_path / "vae").is_dir() == with_vae and made.vae.dtype == torch.float32
-    loaded = load_upscaler(tmp_path) if with_vae else Upscaler.from_pretrained(tmp_path, vae=latent_pipeline.vae)
+    loaded = load_upscaler(tmp_path) if with_vae else Upscaler.from_pretrained(tmp_path, vae=stable_upscaler.vae)
     assert not loaded.unet.training and not any(weight.requires_grad for weight in loaded.unet.parameters())
     torch.testing.assert_close(
         upscale_clips(loaded, make_low_res(), num_inference_steps=2), plain, rtol=0, atol=3e-2
@@ -255,17 +216,17 @@ def test_an_upscaler_in_latents_is_saved_with_its_autoencoder_or_without(latent_
             Upscaler.from_pretrained(tmp_path)
 
 
-def test_an_upscaler_in_pixels_takes_no_autoencoder(upscaler, tmp_path, latent_pipeline):
+def test_an_upscaler_in_pixels_takes_no_autoencoder(upscaler, tmp_path, stable_upscaler):
     upscaler.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"vae: expected None, as .* upscaler in pixels, got AutoencoderKL"):
-        Upscaler.from_pretrained(tmp_path, vae=latent_pipeline.vae)
+        Upscaler.from_pretrained(tmp_path, vae=stable_upscaler.vae)
 
 
-def test_refused_folders_and_parts(upscaler, tmp_path, latent_pipeline, stable_diffusion):
+def test_refused_folders_and_parts(upscaler, tmp_path, stable_upscaler, stable_diffusion):
     with pytest.raises(ValueError, match=r"Upscaler.from_pretrained: expected a folder .*of class Upscaler, got "):
         Upscaler.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"Upscaler.save_pretrained: expected an upscaler without captions"):
-        Upscaler.from_pipeline(latent_pipeline).save_pretrained(tmp_path)
+        Upscaler.from_pipeline(stable_upscaler).save_pretrained(tmp_path)
     assert isinstance(stable_diffusion, StableDiffusionPipeline)
     with pytest.raises(
         ValueError, match=r"from_pipeline: expected a StableDiffusionUpscalePipeline or IF.* got StableD"
@@ -275,30 +236,30 @@ def test_refused_folders_and_parts(upscaler, tmp_path, latent_pipeline, stable_d
     with pytest.raises(ValueError, match=r"Upscaler: max_noise_level: expected 1 to 1000, .*got 2000"):
         Upscaler(**parts, max_noise_level=2000)
     with pytest.raises(ValueError, match=r"Upscaler: factor: expected a multiple of the autoencoder's 2, .*got 3"):
-        Upscaler(**parts, vae=latent_pipeline.vae, factor=3)
+        Upscaler(**parts, vae=stable_upscaler.vae, factor=3)
 
 
-def test_in_latents_frame_by_frame_is_the_pipeline_of_diffusers(latent_pipeline, monkeypatch):
-    upscaler = Upscaler.from_pipeline(latent_pipeline)
+def test_in_latents_frame_by_frame_is_the_pipeline_of_diffusers(stable_upscaler, monkeypatch):
+    upscaler = Upscaler.from_pipeline(stable_upscaler)
     assert (upscaler.factor, upscaler.cell, upscaler.channels, upscaler.max_noise_level) == (2, 2, 4, 350)
     low_res = make_low_res(clips=1, frames=1, height=16, width=16)
     # Both without the noise on the low-resolution frame, of which each draws its own.
-    monkeypatch.setattr(latent_pipeline.low_res_scheduler, "add_noise", lambda image, *rest: image)
+    monkeypatch.setattr(stable_upscaler.low_res_scheduler, "add_noise", lambda image, *rest: image)
     options = {"noise_level": 30, "num_inference_steps": 4, "guidance_scale": 2.0}
     mine = upscale_clips(upscaler, low_res, upscaler.conditioning(["a road"]), **options)
     generator = generator_at(0, 0, "upscaling")
     torch.randn(3, 1, 16, 16, generator=generator)
     latents = torch.randn(4, 1, 16, 16, generator=generator)
-    latent_pipeline.set_progress_bar_config(disable=True)
-    theirs = latent_pipeline("a road", low_res[:, :, 0], latents=latents[None, :, 0], output_type="np", **options)
+    stable_upscaler.set_progress_bar_config(disable=True)
+    theirs = stable_upscaler("a road", low_res[:, :, 0], latents=latents[None, :, 0], output_type="np", **options)
     theirs = torch.from_numpy(theirs.images).permute(0, 3, 1, 2)
     torch.testing.assert_close(mine[:, :, 0], theirs, rtol=0, atol=1e-4)
     text = upscaler.conditioning(["a road"])
     assert (upscale_clips(upscaler, low_res, text, **{**options, "guidance_scale": 1.0}) - mine).abs().max() > 1e-3
 
 
-def test_in_latents_temporal_layers_train_on_encoded_patches(latent_pipeline):
-    upscaler = Upscaler.from_pipeline(latent_pipeline)
+def test_in_latents_temporal_layers_train_on_encoded_patches(stable_upscaler):
+    upscaler = Upscaler.from_pipeline(stable_upscaler)
     clips = make_low_res(frames=4, height=32, width=48)
     conditioning = upscaler.conditioning(["a road", "day"])
     samples = UpscaleSamples(upscaler, clips, None, conditioning, num_frames=3, patch=16, seed=2)
@@ -308,7 +269,7 @@ def test_in_latents_temporal_layers_train_on_encoded_patches(latent_pipeline):
     assert 0 <= level < 350 and text.shape == (12, 16)
     batch = [torch.stack(column) for column in zip(samples(0), samples(1), strict=True)]
     loss = UpscaleObjective(upscaler, ["encoder_hidden_states"])(*batch)["loss"]
-    total, pipeline = 0.0, latent_pipeline
+    total, pipeline = 0.0, stable_upscaler
     with torch.no_grad():
         for f in range(3):
             z = pipeline.vae.encode(batch[0][:, :, f]).latent_dist.mode() * pipeline.vae.config.scaling_factor
@@ -331,8 +292,8 @@ def test_in_latents_temporal_layers_train_on_encoded_patches(latent_pipeline):
         assert not torch.equal(video, upscale_clips(upscaler, low_res, num_inference_steps=2))
 
 
-def test_deepfloyd_is_an_upscaler_in_pixels():
-    unet = make_unet(in_channels=6, out_channels=6, class_embed_type="timestep")
+def test_deepfloyd_is_an_upscaler_in_pixels(text_unet):
+    unet = text_unet(in_channels=6, out_channels=6, class_embed_type="timestep")
     pipeline = IFSuperResolutionPipeline(
         tokenizer=None,
         text_encoder=None,

@@ -7,13 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     IFSuperResolutionPipeline,
-    StableDiffusionUpscalePipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
@@ -31,43 +28,6 @@ from temporal_layers.recipes.upscaler import Upscaler, UpscalerConfig, build_ups
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
 STEPS = {"num_inference_steps": 3, "output_type": "pt"}
-
-
-def make_unet(**options):
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-        norm_num_groups=8,
-        cross_attention_dim=16,
-        **options,
-    ).eval()
-
-
-@pytest.fixture
-def stable_upscaler(stable_diffusion):
-    """As Stable Diffusion x4, here with an autoencoder of factor 2."""
-    stable_diffusion.vae.register_to_config(scaling_factor=0.08333)
-    return StableDiffusionUpscalePipeline(
-        vae=stable_diffusion.vae,
-        text_encoder=stable_diffusion.text_encoder,
-        tokenizer=stable_diffusion.tokenizer,
-        unet=make_unet(in_channels=7, num_class_embeds=1000),
-        low_res_scheduler=DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02),
-        scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=0.0001,
-            beta_end=0.02,
-            prediction_type="v_prediction",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        max_noise_level=350,
-    )
 
 
 @pytest.fixture
@@ -273,12 +233,12 @@ class Letters:
         return SimpleNamespace(input_ids=ids, attention_mask=(ids > 0).long())
 
 
-def test_deepfloyd_upscales_with_the_tokens_of_its_own_pipeline(randomise):
+def test_deepfloyd_upscales_with_the_tokens_of_its_own_pipeline(text_unet, randomise):
     encoder = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     image_pipeline = IFSuperResolutionPipeline(
         tokenizer=None,
         text_encoder=T5EncoderModel(encoder).eval(),
-        unet=make_unet(in_channels=6, out_channels=6, class_embed_type="timestep"),
+        unet=text_unet(in_channels=6, out_channels=6, class_embed_type="timestep"),
         scheduler=DDPMScheduler(variance_type="learned_range", beta_schedule="squaredcos_cap_v2"),
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
         safety_checker=None,
