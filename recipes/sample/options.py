@@ -157,8 +157,11 @@ def parts(config: SampleConfig, image: Any) -> dict[str, Any]:
         ValueError: If the layers were trained together with a UNet which is not asked for, or that is not there.
     """
     found: dict[str, Any] = {name: getattr(config, name) for name in ("adapter", "decoder") if getattr(config, name)}
-    beside = Path(config.adapter).parent / "unet"
-    if config.adapter and not config.unet and (beside / "config.json").is_file():
+    run = Path(config.adapter).parent
+    beside = run / "unet"
+    # A saved pipeline has a UNet beside its layers too: the image model's, in whose place another one may be meant.
+    trained_too = (beside / "config.json").is_file() and not (run / "model_index.json").is_file()
+    if config.adapter and not config.unet and trained_too:
         raise ValueError(
             f"--unet: expected the UNet that was trained together with {config.adapter}, got none; pass --unet {beside}"
         )

@@ -152,6 +152,9 @@ def test_layers_that_were_trained_together_with_a_unet(stable_diffusion, tmp_pat
     assert main(["sample", "text", "a road", *words, "--out", str(tmp_path / "a.png")]) == 1
     assert f"pass --unet {tmp_path / 'run' / 'unet'}" in capsys.readouterr().err
     sample("text", "a road", *words, "--unet", tmp_path / "run" / "unet", "--out", tmp_path / "a.png")
+    (tmp_path / "run" / "model_index.json").write_text("{}")  # a pipeline's folder says nothing of a training
+    sample("text", "a road", *words, "--out", tmp_path / "d.png")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "d.png").read_bytes()
     (tmp_path / "run" / "adapter").rename(tmp_path / "adapter")  # away from its UNet, the image model's own is taken
     words[3] = str(tmp_path / "adapter")
     sample("text", "a road", *words, "--out", tmp_path / "b.png")
