@@ -236,3 +236,14 @@ def test_broken_device_keeps_the_rows(monkeypatch, tmp_path, capsys):
 def test_a_checkout_without_git_has_no_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     assert machine.head() == "unknown"
+
+
+def test_what_is_measured_where():
+    """On a CPU without what is there the same parts in a row, unless it is asked for."""
+
+    def ops(device, *words):
+        return {op for op, *_ in command_line.plan_of(command_line.parser().parse_args(words), device).jobs}
+
+    assert ops("cuda") == ops("cpu", "--smoke") == set(cases.OPS)
+    assert ops("cpu") == set(cases.OPS) - set(cases.FUSIONS)
+    assert ops("cpu", "--ops", "linear_norm") == {"linear_norm"}
