@@ -39,7 +39,7 @@ def temporal_conv(
     convolution over stacked frames.
 
     On Intel's processors and from 256 channels on, the reference in fp32 is Winograd's form along frames (kernel 3, not
-    causal): its error is 1.6 times that of ``conv3d`` at most, and a value that is not finite spreads over all frames
+    causal): its root mean square error is 1.6 times that of ``conv3d``, and a value that is not finite spreads over all frames
     of its pixel. In bf16, where there are no gradients to record, it is one product for each tap, whose sum is rounded
     with each.
 
