@@ -39,9 +39,9 @@ def temporal_conv(
     convolution over stacked frames.
 
     On Intel's processors and from 256 channels on, the reference in fp32 is Winograd's form along frames (kernel 3, not
-    causal): its root mean square error is 1.6 times that of ``conv3d``, and a value that is not finite spreads over all frames
-    of its pixel. In bf16, where there are no gradients to record, it is one product for each tap, whose sum is rounded
-    with each.
+    causal): its root mean square error is 1.6 times that of ``conv3d``, and a value that is not finite spreads over all
+    frames of its pixel. In bf16, where there are no gradients to record, it is one product for each tap, whose sum is
+    rounded with each.
 
     Args:
         x: Maps with the frames folded innermost into the batch. Any strides, any floating dtype; channels-last
